@@ -1,0 +1,4599 @@
+"""grace: tasks, intents and their deadlines in one local SQLite database.
+
+People and programs submit *intents* (a goal with a deadline). Each becomes a *task* in the queue (the HTM, the
+hierarchical task manager), run by a *handler* under its SLA: a warning at 80 %, an escalation at 100 %, a rescue at
+200 %. Everything that happens is an event in the same transaction as the change that it tells of.
+
+The file reads downwards; a section uses only those above it (`grep -n '^# ===' grace.py` prints this map):
+
+    words         version, exit codes, errors, the closed sets
+    rules         pure decisions: durations, ids, deadlines, ladder steps, back-off, retries
+    store         opening, upgrading, transactions, the writers' queue, driver errors into ours
+    settings      what the owner may tune
+    events        writing and reading the bus, the bell that wakes waiting processes
+    queue         rows of handlers, tasks and attempts
+    ladder        what is due, and the steps
+    learning      outcomes and totals
+    intents       rows, links to tasks
+    lifecycle     submit, start, finish, cancel, retry, recover, repair: the functions that write across sections
+    processes     logs, starting, watching and ending process groups
+    daemon        the loop, the foreground runner, signals
+    output        rows to tables or JSON
+    command line  the commands, and main()
+
+To add
+    a command   a function under "command line" with @command; its work belongs in the section that owns the rows
+    an event    emit(tx, topic, …) where the change is made; the topics of tasks are written by triggers in schema.sql
+    a level     a row in sla_levels, a step in ladder_steps(), its effect in take_step()
+    a table     in the upper half of schema.sql, with a numbered step in MIGRATIONS once a release has been made
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime, timezone
+from typing import Any
+
+import apsw
+import click
+
+# =====================================================================================================================
+# words
+# The names that everything else uses: version, exit codes, errors, the closed sets. An error carries its exit code, a
+# word for programs, one line for people, and where there is something to do, a hint.
+
+__version__ = "0.1.0"
+
+Row = dict[str, Any]
+
+PRIORITIES = ("critical", "high", "normal", "low")  # in rank order
+RISK_LEVELS = ("low", "medium", "high", "critical")
+FINAL = ("completed", "failed", "timeout", "cancelled")
+LEVELS = ("none", "warning", "violated", "critical")
+TASK_TRANSITIONS = {
+    "queued": ("assigned", "blocked", "cancelled"),
+    "blocked": ("queued", "failed", "cancelled"),
+    "assigned": ("running", "queued", "failed", "cancelled"),
+    "running": ("queued", "completed", "failed", "timeout", "cancelled"),
+}
+INTENT_TRANSITIONS = {
+    "created": ("dispatched", "cancelled"),
+    "dispatched": ("executing", *FINAL),
+    "executing": ("dispatched", *FINAL),
+    "failed": ("dispatched",),
+    "timeout": ("dispatched",),
+    "cancelled": ("dispatched",),
+}
+OWN_TOPICS = ("agentic.", "htm.", "bridge.", "secrets.", "governance.", "learning.", "daemon.", "alert.")
+
+SECOND, MINUTE, HOUR, DAY = 1000, 60_000, 3_600_000, 86_400_000
+YEAR = 365 * DAY
+MAX_DURATION = 10 * YEAR
+MAX_INSTANT = 253_402_300_799_999  # 9999-12-31T23:59:59.999Z
+MAX_JSON = 1 << 20
+MAX_DEPTH = 64
+LATE_MS = 500  # a step noticed later than this is marked late
+UNHURRIED_MS = HOUR  # within its class, a task without an SLA is placed as if it had this one
+CLAIM_BATCH = 64
+SWEEP_BATCH = 500
+HANDLER_DEFAULTS: Row = {
+    "argv": None, "cwd": None, "env": "{}", "external": 0, "paused": 0, "sla_ms": None, "timeout_ms": None,
+    "kill_after_ms": 10 * SECOND, "max_attempts": 3, "max_recoveries": 5, "backoff_ms": 5 * SECOND, "concurrency": None,
+    "rescue": None, "warn_at": 0.8, "critical_at": 2.0, "on_critical": "rescue",
+}  # fmt: skip
+
+
+class GraceError(Exception):
+    """What the caller is told: exit code, code word, one line, and a hint where there is something to do."""
+
+    exit_code, code = 1, "failed"
+
+    def __init__(self, message: str, hint: str = ""):
+        super().__init__(message)
+        self.message, self.hint = message, hint
+
+
+class UsageError(GraceError):
+    exit_code, code = 2, "usage"
+
+
+class NotFoundError(GraceError):
+    exit_code, code = 3, "not_found"
+
+
+class ConflictError(GraceError):
+    exit_code, code = 4, "conflict"
+
+
+class WaitTimeoutError(GraceError):
+    exit_code, code = 6, "timeout"
+
+
+class DatabaseError(GraceError):
+    exit_code, code = 8, "database"
+
+
+# =====================================================================================================================
+# rules
+# Pure decisions: values in, a value out. No clock, no database, no print; what the time is, the caller says.
+
+DURATION_UNITS = {"ms": 1, "s": SECOND, "m": MINUTE, "h": HOUR, "d": DAY}
+DURATION = re.compile(r"(?:[0-9]{1,15}(?:\.[0-9]{1,6})?(?:ms|s|m|h|d))+")
+DURATION_PART = re.compile(r"([0-9.]+)(ms|s|m|h|d)")
+INSTANT = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,9})?)?([Zz]|[+-][0-9]{2}:?[0-9]{2})")
+NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+OWN_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+TOPIC = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
+ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")  # not a backslash that is itself escaped
+EVENT_ID = re.compile(r"evt_[0-9]{1,18}")
+ID_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base32, in sorting order
+
+
+def parse_duration(text: str) -> int:
+    """Milliseconds from `1h30m`, `500ms`, `2d`; ValueError for anything else, zero, or more than ten years."""
+    if not DURATION.fullmatch(text):
+        raise ValueError("write a duration with its unit, such as 30s, 5m, 2h, 1h30m or 500ms")
+    ms = round(sum(float(n) * DURATION_UNITS[unit] for n, unit in DURATION_PART.findall(text)))
+    if not 1 <= ms <= MAX_DURATION:
+        raise ValueError("a duration lies between 1ms and 3650d, such as 30s or 2h")
+    return ms
+
+
+def format_duration(ms: float | None) -> str:
+    """`1h30m`, `2.5s`, `40ms` for people; `-` where there is none."""
+    if ms is None:
+        return "-"
+    sign, ms = ("-" if ms < 0 else ""), abs(round(ms))
+    if ms < SECOND:
+        return f"{sign}{ms}ms"
+    if ms < MINUTE:
+        return f"{sign}{ms / SECOND:.1f}".removesuffix(".0") + "s"
+    for unit, size, lower, small in (("m", MINUTE, "s", SECOND), ("h", HOUR, "m", MINUTE), ("d", DAY, "h", HOUR)):
+        if ms < size * (24 if unit == "h" else 60) or unit == "d":
+            rest = ms % size // small
+            return f"{sign}{ms // size}{unit}" + (f"{rest}{lower}" if rest else "")
+    raise AssertionError("unreachable")
+
+
+def parse_instant(text: str) -> int:
+    """Milliseconds since 1970 from RFC 3339 with an offset; ValueError otherwise."""
+    if not INSTANT.fullmatch(text):
+        raise ValueError("write an instant with its offset, such as 2026-11-22T07:08:19Z or 2026-11-22T08:08:19+01:00")
+    return round(datetime.fromisoformat(text.upper()).timestamp() * 1000)
+
+
+def format_instant(ms: int | None) -> str | None:
+    """RFC 3339 UTC with milliseconds; None stays None, what lies outside the calendar is shown at its edge."""
+    if ms is None:
+        return None
+    seconds, rest = divmod(max(0, min(ms, MAX_INSTANT)), 1000)
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.") + f"{rest:03d}Z"
+
+
+def _base32(number: int, width: int) -> str:
+    return "".join(ID_ALPHABET[number >> shift & 31] for shift in range(5 * (width - 1), -1, -5))
+
+
+_last_id = [0, 0]
+
+
+def new_id(kind: str, now: int) -> str:
+    """An id such as task_1k2m3n4p5q6r7s8t9: nine characters of time, nine random ones; rising within a process."""
+    when, noise = now, int.from_bytes(os.urandom(6), "big") >> 3
+    if when <= _last_id[0]:
+        when, noise = _last_id[0], _last_id[1] + 1
+    _last_id[:] = when, noise
+    return f"{kind}_{_base32(when, 9)}{_base32(noise, 9)}"
+
+
+def first_line(text: str) -> str:
+    return text.splitlines()[0] if text.splitlines() else text
+
+
+def _refuse_constant(word: str) -> float:
+    raise ValueError(f"{word} is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if number in (float("inf"), float("-inf")):
+        raise ValueError(f"the number {text[:20]} is out of range")
+    return number
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> Row:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        double = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {json.dumps(double)[:60]} stands twice")
+    return result
+
+
+def json_depth(value: Any) -> int:
+    """How deeply lists and objects are nested; a plain value has depth 0. Stops counting past the limit."""
+    depth, level = 0, [value]
+    while True:
+        level = [node for node in level if isinstance(node, (dict, list))]
+        if not level or depth > MAX_DEPTH:
+            return depth
+        depth += 1
+        level = [item for node in level for item in (node.values() if isinstance(node, dict) else node)]
+
+
+def parse_json(text: str) -> Any:
+    """Strict JSON: at most 1 MiB and 64 levels, no duplicate keys, NaN, infinities, NUL or lone surrogates."""
+    if len(text) > MAX_JSON or len(text.encode("utf-8", "surrogatepass")) > MAX_JSON:
+        raise ValueError("larger than 1 MiB")
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_no_duplicates)
+    except RecursionError:
+        raise ValueError("nested deeper than 64 levels") from None
+    if json_depth(value) > MAX_DEPTH:
+        raise ValueError("nested deeper than 64 levels")
+    plain = to_json(value)
+    if ESCAPED_NUL.search(plain):
+        raise ValueError("holds a NUL character")
+    try:
+        plain.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds a lone surrogate, which is not text") from None
+    return value
+
+
+def to_json(value: Any) -> str:
+    """Compact JSON text; characters outside ASCII stay as they are."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def check_text(text: str, what: str, longest: int) -> str:
+    """The text itself; ValueError when empty, too long, with NUL, or not valid UTF-8."""
+    if not 1 <= len(text) <= longest:
+        raise ValueError(f"{what} has 1 to {longest} characters, not {len(text)}")
+    if "\0" in text:
+        raise ValueError(f"{what} holds a NUL character")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{what} is not valid UTF-8 text") from None
+    return text
+
+
+def raised(priority: str, to: str) -> str:
+    """The higher of two priorities."""
+    return PRIORITIES[min(PRIORITIES.index(priority), PRIORITIES.index(to))]
+
+
+Step = tuple[int, str]  # the instant at which it is due, and its name
+
+
+def odd_row(task: Row) -> str | None:
+    """Why the ladder cannot reckon with this row, or None. It is set aside then, so that it stops nothing else."""
+    sla = task["sla_ms"]
+    if sla is not None and not 0 < sla <= MAX_DURATION:
+        return "sla_out_of_range"
+    if any(task[name] is not None and not 0 <= task[name] <= MAX_INSTANT for name in ("queued_at", "sla_deadline", "available_at")):
+        return "instant_out_of_range"
+    if not 0 < task["warn_at"] <= 1 <= task["critical_at"] <= 1000:
+        return "thresholds_out_of_order"
+    return None
+
+
+def ladder_steps(task: Row) -> list[Step]:
+    """The steps of the SLA that this open task has still to take, in order."""
+    sla, start = task["sla_ms"], task["queued_at"]
+    if sla is None:
+        return []
+    levels = [
+        (start + round(sla * task["warn_at"]), "warning"),
+        (start + sla, "violated"),
+        (start + round(sla * task["critical_at"]), "critical"),
+    ]
+    last = 2 if task["task_type"] == "rescue" else 3  # a rescue is never rescued
+    return levels[task["escalation_level"] : last]
+
+
+def urgency_steps(task: Row, age_every: int) -> list[Step]:
+    """The steps that move a queued task forward: by its SLA, or by its age where it has none."""
+    if task["status"] != "queued":
+        return []
+    if task["sla_ms"] is None:
+        return [(task["aged_at"] + age_every, "ageing")] if task["priority"] != "critical" else []
+    rank, start, sla = PRIORITIES.index(task["priority"]), task["queued_at"], task["sla_ms"]
+    steps = [(start + sla // 2, "urgency_half")] if rank > 1 else []
+    return steps + ([(start + sla * 4 // 5, "urgency_four_fifths")] if rank > 0 else [])
+
+
+def next_steps(task: Row, age_every: int) -> list[Step]:
+    """All that an open task has before it, soonest first; at one instant urgency comes before the ladder."""
+    if task["set_aside"]:
+        steps: list[Step] = []
+    else:
+        steps = sorted(urgency_steps(task, age_every) + ladder_steps(task), key=lambda step: step[0])
+    if task["available_at"] is not None and task["status"] == "queued":
+        steps = sorted([(task["available_at"], "available"), *steps], key=lambda step: step[0])
+    return steps
+
+
+def next_step_at(task: Row, age_every: int) -> int | None:
+    """The instant at which this open task needs the next look."""
+    steps = next_steps(task, age_every)
+    return steps[0][0] if steps else None
+
+
+def sla_verdict(status: str, deadline: int | None, level: int, now: int) -> int | None:
+    """sla_met of a task that ends now: None without an SLA or when cancelled."""
+    if deadline is None or status == "cancelled":
+        return None
+    return int(status == "completed" and now <= deadline and level < 2)
+
+
+def backoff_ms(base: int, attempt: int, spread: float) -> int:
+    """The pause before the next attempt: doubling, at most an hour, within a quarter either way (spread 0 to 1)."""
+    return max(1, round(min(HOUR, base * 2 ** min(attempt - 1, 30)) * (0.75 + spread / 2)))
+
+
+def message_of(level: str, task: Row, elapsed: int) -> str:
+    """The one line that a person reads about a step of the ladder."""
+    percent = round(100 * elapsed / task["sla_ms"])
+    state = {"warning": "nears its deadline", "violated": "has passed its deadline", "critical": "is critically late"}[level]
+    return f"{task['goal'][:80]!r} {state}: {percent} % of its SLA of {format_duration(task['sla_ms'])}, {task['status']}"
+
+
+def rescue_plan(task: Row, handler: Row | None, active: int, worker: str, on_critical: str, served: bool, now: int) -> tuple[str, str]:
+    """What the built-in rescue does with a stuck task: (what it found, what it does: run, recover, retry, report)."""
+    status = task["status"]
+    if status in FINAL:
+        return "the task has ended", "report"
+    if status == "blocked":
+        return "the task waits for other intents", "report"
+    if status in ("assigned", "running"):
+        if worker == "external":
+            return "an external worker holds the task and renews its lease", "report"
+        if worker == "dead":
+            return "the worker of the task is dead", "recover"
+        return "the task is still running", "retry" if on_critical == "retry" else "report"
+    if handler is None:
+        return "the handler of the task does not exist", "report"
+    if handler["paused"]:
+        return f"the handler {handler['name']} is paused", "report"
+    if handler["external"]:
+        return f"no external worker has claimed the task from {handler['name']}", "report"
+    if task["available_at"] is not None and task["available_at"] > now:
+        return f"the task is not to start before {format_instant(task['available_at'])}", "report"
+    if handler["concurrency"] is not None and active >= handler["concurrency"]:
+        return f"all {handler['concurrency']} places of {handler['name']} are taken (--concurrency)", "report"
+    if not served:
+        return f"this daemon does not serve {handler['name']}", "report"
+    return "the task never started although it could run", "run"
+
+
+# =====================================================================================================================
+# store
+# One SQLite file. Every write passes through Store.write: a place in the writers' queue (an flock on a file beside the
+# database, so that nobody starves), BEGIN IMMEDIATE, the function, COMMIT, and a knock at the door of whoever waits.
+# Nothing outside this section sees a driver's error.
+
+APPLICATION_ID = 0x67726163  # 'grac'
+SCHEMA_VERSION = 1
+MIGRATIONS: dict[int, list[str]] = {}  # version reached -> the statements that lead to it from the one before
+STANDSTILL = 30  # seconds without progress after which a writer gives up
+NETWORK_FILESYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "fuse.sshfs", "fuse.s3fs", "fuse.rclone"}
+
+
+def clock() -> int:
+    """Now, in milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
+
+
+def schema_text() -> str:
+    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "schema.sql"), encoding="utf-8") as file:
+        return file.read()
+
+
+def schema_halves(text: str) -> tuple[str, str]:
+    """The durable and the derived half of a schema."""
+    cut = re.search(r"^-- =+ DERIVED$", text, re.MULTILINE)
+    if cut is None:
+        raise DatabaseError("schema.sql has lost the line that separates TABLES from DERIVED")
+    return text[: cut.start()], text[cut.start() :]
+
+
+class Reader:
+    """Asking a connection: `one` row or None, `all` rows, each a dict."""
+
+    def __init__(self, con: apsw.Connection, columns: dict[str, tuple[str, ...]]):
+        self.con, self._columns = con, columns
+
+    def all(self, sql: str, **params: Any) -> list[Row]:
+        try:
+            cursor = self.con.execute(sql, params)
+            names = self._columns.get(sql)
+            if names is None:
+                try:
+                    names = self._columns[sql] = tuple(column[0] for column in cursor.get_description())
+                except apsw.ExecutionCompleteError:  # no row, so no names to remember
+                    return []
+            return [dict(zip(names, row)) for row in cursor]  # noqa: B905 (as long as each other by construction)
+        except apsw.Error as error:
+            raise explain(error) from error
+
+    def one(self, sql: str, **params: Any) -> Row | None:
+        rows = self.all(sql, **params)
+        return rows[0] if rows else None
+
+    def value(self, sql: str, **params: Any) -> Any:
+        """The first column of the first row, or None."""
+        row = self.one(sql, **params)
+        return next(iter(row.values())) if row else None
+
+
+class Tx(Reader):
+    """One write transaction: the connection, `now` (read once it has begun) and the actor. Counts are written at its end."""
+
+    def __init__(self, store: Store):
+        super().__init__(store.con, store.columns)
+        self.now, self.actor, self.since = clock(), store.actor, store.since
+        self._counts: dict[tuple[str, str, str, int], int] = {}
+        self._totals: dict[str, int] = {}
+
+    def run(self, sql: str, **params: Any) -> int:
+        """Execute; the number of rows changed."""
+        try:
+            self.con.execute(sql, params)
+        except apsw.Error as error:
+            raise explain(error) from error
+        return self.con.changes()
+
+    def many(self, sql: str, rows: Iterable[Row]) -> None:
+        try:
+            self.con.executemany(sql, rows)
+        except apsw.Error as error:
+            raise explain(error) from error
+
+    def count(self, old: Row | None, new: Row | None) -> None:
+        """A task has come, gone or changed: keep the live counts right."""
+        for row, by in ((old, -1), (new, 1)):
+            if row is not None:
+                key = (row["handler"] or "", row["status"], row["priority"], row["escalation_level"])
+                self._counts[key] = self._counts.get(key, 0) + by
+
+    def total(self, name: str, by: int = 1) -> None:
+        self._totals[name] = self._totals.get(name, 0) + by
+
+    def flush(self) -> None:
+        """Write what was counted. Called once, before COMMIT."""
+        self.many(COUNT_TASKS, ({"h": h, "s": s, "p": p, "l": level, "n": n} for (h, s, p, level), n in self._counts.items() if n))
+        self.many(COUNT_TOTAL, ({"name": name, "by": by} for name, by in self._totals.items() if by))
+
+
+COUNT_TASKS = """INSERT INTO task_counts (handler, status, priority, level, n) VALUES (:h, :s, :p, :l, :n)
+  ON CONFLICT (handler, status, priority, level) DO UPDATE SET n = task_counts.n + excluded.n"""
+COUNT_TOTAL = """INSERT INTO counters (name, value) VALUES (:name, :by)
+  ON CONFLICT (name) DO UPDATE SET value = counters.value + excluded.value"""
+DOORS = "SELECT path FROM waiters"
+
+
+class Store(Reader):
+    """An open database. `actor` names who writes; `since` is when the noticing process started (for `late`)."""
+
+    def __init__(self, path: str, actor: str = "grace"):
+        self.path, self.actor, self.since = os.path.realpath(path), actor, 0
+        self.columns: dict[str, tuple[str, ...]] = {}
+        self.own_door: str | None = None
+        self._ticket = -1
+        self._durable = True
+        check_place(self.path)
+        super().__init__(self._connect(), self.columns)
+        try:
+            self._ensure_schema()
+        except apsw.Error as error:
+            raise explain(error) from error
+
+    def _connect(self) -> apsw.Connection:
+        try:
+            con = apsw.Connection(self.path, flags=apsw.SQLITE_OPEN_READWRITE)
+            con.set_busy_timeout(STANDSTILL * 1000)
+            con.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)  # the last one out need not pay for three syncs
+            for pragma in ("foreign_keys = ON", "recursive_triggers = ON", "synchronous = FULL"):
+                con.execute(f"PRAGMA {pragma}")
+        except apsw.Error as error:
+            raise explain(error) from error
+        if con.readonly("main"):
+            raise DatabaseError(f"{self.path} cannot be written", "check its permissions, or name another file with --db")
+        return con
+
+    def _ensure_schema(self) -> None:
+        version = self._version()
+        if version != SCHEMA_VERSION:
+            with self._turn():
+                upgrade(self.con, self.path, self._version(), schema_text(), SCHEMA_VERSION, MIGRATIONS)
+
+    def _version(self) -> int:
+        """The file's schema version, 0 for a fresh one; anything that is not ours is refused."""
+        owner, version = self.con.pragma("application_id"), self.con.pragma("user_version")
+        if owner == APPLICATION_ID and version > SCHEMA_VERSION:
+            raise DatabaseError(f"{self.path} was written by a newer grace (schema {version}; this one knows {SCHEMA_VERSION})",
+                                "install the newer grace")  # fmt: skip
+        if owner == APPLICATION_ID:
+            return int(version)
+        if owner == 0 and not self.con.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchall():
+            return 0
+        raise DatabaseError(f"{self.path} belongs to another program (application id {owner})", "name another file with --db")
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """This process's turn to write, in the order of asking."""
+        if self._ticket < 0:
+            try:
+                self._ticket = os.open(self.path + "-ticket", os.O_RDWR | os.O_CREAT, 0o600)
+            except OSError as error:
+                raise DatabaseError(f"cannot open {self.path}-ticket: {error.strerror}") from error
+        wait_for_lock(self._ticket)
+        try:
+            with contextlib.suppress(OSError):  # a full disk must not keep anybody from freeing room
+                os.pwrite(self._ticket, f"{os.getpid()} {time.monotonic_ns()} {self.actor}".ljust(120)[:120].encode() + b"\n", 0)
+            yield
+        finally:
+            fcntl.flock(self._ticket, fcntl.LOCK_UN)
+
+    def write(self, fn: Callable[[Tx], Any], durable: bool = True, knock: bool = True) -> Any:
+        """Run `fn` in one transaction and wake whoever waits. `fn` touches nothing but the database.
+
+        Without `durable` a power cut (not a crash) may take the change back; submissions and ends are always durable."""
+        doors: list[Row] = []
+        with self._turn():
+            try:
+                if durable != self._durable:
+                    self.con.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+                    self._durable = durable
+                self.con.execute("BEGIN IMMEDIATE")
+                try:
+                    self._check_version()
+                    tx = Tx(self)
+                    result = fn(tx)
+                    tx.flush()
+                    doors = self.all(DOORS) if knock else []
+                    self.con.execute("COMMIT")
+                except BaseException:
+                    if self.con.in_transaction:
+                        self.con.execute("ROLLBACK")
+                    raise
+            except apsw.Error as error:
+                raise explain(error) from error
+        if doors:
+            knock_at(row["path"] for row in doors if row["path"] != self.own_door)
+        return result
+
+    def _check_version(self) -> None:
+        if self.con.pragma("user_version") != SCHEMA_VERSION:
+            raise UpgradedError("the database was upgraded by a newer grace meanwhile", "run the command again")
+
+    def read(self, fn: Callable[[Reader], Any]) -> Any:
+        """Run `fn` on one consistent state of the database."""
+        try:
+            self.con.execute("BEGIN")
+            try:
+                return fn(self)
+            finally:
+                self.con.execute("COMMIT")
+        except apsw.Error as error:
+            raise explain(error) from error
+
+    def changed(self) -> int:
+        """A number that differs from the last one when another process has committed."""
+        return int(self.con.pragma("data_version"))
+
+    def close(self) -> None:
+        self.con.close()
+        if self._ticket >= 0:
+            os.close(self._ticket)
+
+
+class UpgradedError(DatabaseError):
+    """The schema is newer than this process: a daemon stops claiming and ends, to be started again."""
+
+
+def upgrade(con: apsw.Connection, path: str, version: int, schema: str, target: int, steps: dict[int, list[str]]) -> None:
+    """Bring a file from `version` (0: fresh) to `target`: one transaction, the derived half made again, links checked."""
+    if version == target:  # another process was faster
+        return
+    tables, derived = schema_halves(schema)
+    if version == 0:
+        con.pragma("journal_mode", "wal")
+    elif any(re.search(r"\b(DROP|RENAME|INSERT INTO \w+ SELECT)\b", sql) for n in range(version + 1, target + 1) for sql in steps.get(n, [])):
+        back_up(con, f"{path}-before-{target}")
+    con.execute("PRAGMA foreign_keys = OFF")  # a table that is rewritten must not take its children along
+    con.execute("BEGIN IMMEDIATE")
+    try:
+        if version == 0:
+            execute_script(con, tables)
+            con.execute("INSERT INTO settings (name, value, updated_at) VALUES ('_instance_id', ?, ?)", (os.urandom(16).hex(), clock()))
+        else:
+            drop_derived(con)
+            for number in range(version + 1, target + 1):
+                for sql in steps.get(number, []):
+                    execute_script(con, sql)
+        execute_script(con, derived)
+        if con.execute("PRAGMA foreign_key_check").fetchall():
+            raise DatabaseError(f"{path} has broken links between its tables; the upgrade was taken back")
+        con.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        con.execute(f"PRAGMA user_version = {target}")
+        con.execute("COMMIT")
+    except BaseException:
+        if con.in_transaction:
+            con.execute("ROLLBACK")
+        raise
+    finally:
+        con.execute("PRAGMA foreign_keys = ON")
+
+
+def execute_script(con: apsw.Connection, text: str) -> None:
+    """Run each statement of a script by itself, since a second one in the same call may silently not run."""
+    statement = ""
+    for line in text.splitlines(keepends=True):
+        statement += line
+        if line.rstrip().split("--")[0].rstrip().endswith(";") and apsw.complete(statement):
+            con.execute(statement)
+            statement = ""
+    if re.sub(r"--[^\n]*", "", statement).strip():
+        raise DatabaseError(f"the schema has a statement without an end: {statement.strip()[:60]}")
+
+
+def drop_derived(con: apsw.Connection) -> None:
+    kinds = "SELECT type, name FROM sqlite_schema WHERE type IN ('trigger', 'view', 'index') AND sql IS NOT NULL ORDER BY type DESC"
+    for kind, name in con.execute(kinds).fetchall():
+        con.execute(f'DROP {kind} "{name}"')
+
+
+def back_up(con: apsw.Connection, target: str) -> None:
+    """A consistent copy beside the database, made before a step that rewrites a table."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(target)
+    os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    con.execute("VACUUM INTO ?", (target,))
+
+
+def check_place(path: str) -> None:
+    """The database's file, made empty where there was none; a clear refusal where there can be none."""
+    folder = os.path.dirname(path)
+    try:
+        path.encode()
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        if os.path.isdir(path):
+            raise DatabaseError(f"{path} is a directory, not a database", "name a file with --db")
+        kind = filesystem_of(folder)
+        if kind in NETWORK_FILESYSTEMS:
+            raise DatabaseError(f"{path} lies on a network file system ({kind}), where SQLite's locks cannot be trusted",
+                                "name a file on a local disk with --db")  # fmt: skip
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    except UnicodeEncodeError:
+        raise UsageError("the database's path is not valid UTF-8 text") from None
+    except OSError as error:
+        raise DatabaseError(f"cannot use {path}: {error.strerror}", "name another file with --db") from error
+
+
+def filesystem_of(folder: str) -> str:
+    """The type of the file system that holds a folder; empty where it is a plain disk or cannot be told."""
+    device = os.stat(folder).st_dev
+    if os.major(device):  # only file systems without a disk of their own have major number 0
+        return ""
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+            return mount_type(file.read(), f"{os.major(device)}:{os.minor(device)}")
+    except OSError:
+        return ""
+
+
+def mount_type(mountinfo: str, device: str) -> str:
+    """The type of the mount of `device` (major:minor) in the text of /proc/self/mountinfo (see proc_pid_mountinfo(5))."""
+    for line in mountinfo.splitlines():
+        fields, _, rest = line.partition(" - ")
+        if fields.split()[2:3] == [device]:
+            return rest.split()[0]
+    return ""
+
+
+class _StoodStillError(Exception):
+    pass
+
+
+def _on_alarm(signum: int, frame: Any) -> None:
+    raise _StoodStillError
+
+
+def wait_for_lock(fd: int) -> None:
+    """Take the flock, however long the queue, as long as it moves; DatabaseError once it stood still for 30 s."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise DatabaseError(f"cannot lock the writers' queue: {error.strerror}") from error
+    previous = signal.signal(signal.SIGALRM, _on_alarm)
+    seen = os.pread(fd, 120, 0)
+    try:
+        while True:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, STANDSTILL)
+                fcntl.flock(fd, fcntl.LOCK_EX)
+                return
+            except _StoodStillError:
+                holder = os.pread(fd, 120, 0)
+                if holder == seen:
+                    who = holder.decode(errors="replace").split()
+                    raise DatabaseError(f"the writers' queue has stood still for {STANDSTILL} s, held by process {' '.join(who[:1] + who[2:]) or '?'}",
+                                        "see what that process is doing; end it if it hangs") from None  # fmt: skip
+                seen = holder
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def explain(error: apsw.Error) -> GraceError:
+    """A driver's error in our words."""
+    text = first_line(str(error))
+    if isinstance(error, apsw.BusyError):
+        return DatabaseError(f"another program has held the database's write lock for {STANDSTILL} s", "end its transaction, then try again")
+    if isinstance(error, apsw.FullError):
+        return DatabaseError("the disk is full; nothing was changed", "free some space, then try again")
+    if isinstance(error, apsw.NotADBError):
+        return DatabaseError("the file is not an SQLite database", "name another file with --db")
+    if isinstance(error, apsw.CorruptError):
+        return DatabaseError(f"the database is damaged: {text}", "restore a backup, or rescue what is left with sqlite3's .recover")
+    if isinstance(error, (apsw.ReadOnlyError, apsw.PermissionsError, apsw.CantOpenError)):
+        return DatabaseError(f"the database cannot be written: {text}", "check the permissions of the file and its directory")
+    if isinstance(error, apsw.ConstraintError):
+        return ConflictError(f"the database refuses this: {text}")
+    return DatabaseError(f"the database failed: {text}")
+
+
+def knock_at(paths: Iterable[str]) -> None:
+    """A datagram to each waiting process's socket; whoever is gone or has a full box needs none."""
+    import _socket  # the C half alone: `import socket` costs a command a tenth of its time
+
+    with contextlib.closing(_socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM)) as sender:
+        sender.setblocking(False)
+        for path in paths:
+            with contextlib.suppress(OSError), socket_address(path) as address:
+                sender.sendto(b"!", address)
+
+
+@contextlib.contextmanager
+def socket_address(path: str) -> Iterator[str]:
+    """The path itself, or where it is too long for a socket's address, a short way to it."""
+    if len(os.fsencode(path)) < 104:
+        yield path
+        return
+    folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{folder}/{os.path.basename(path)}"
+    finally:
+        os.close(folder)
+
+
+# =====================================================================================================================
+# settings
+# What the owner may tune, each typed, with a default and a sentence. Names with an underscore in front are grace's own.
+
+SETTINGS: dict[str, tuple[str, int, str]] = {
+    "queue.age_every": ("duration", 10 * MINUTE, "A queued task without an SLA moves up one priority class each time this long has passed."),
+    "log.max_bytes": ("bytes", 1 << 20, "How much of one attempt's output is kept: the first half and the last half of this."),
+    "bridge.repair_every": ("duration", MINUTE, "How often a daemon looks for broken links between intents and tasks."),
+    "daemon.heartbeat_every": ("duration", 10 * SECOND, "How often a daemon writes that its loop goes on."),
+}
+GET_SETTING = "SELECT value FROM settings WHERE name = :name"
+SET_SETTING = """INSERT INTO settings (name, value, updated_at) VALUES (:name, :value, :now)
+  ON CONFLICT (name) DO UPDATE SET value = excluded.value, updated_at = excluded.updated_at"""
+
+
+def setting(reader: Reader, name: str) -> int:
+    value = reader.value(GET_SETTING, name=name)
+    return SETTINGS[name][1] if value is None else int(value)
+
+
+def parse_setting(name: str, text: str) -> int:
+    """The value of a setting as people write it; ValueError with an example when it is not of its type."""
+    if SETTINGS[name][0] == "duration":
+        return parse_duration(text)
+    if not re.fullmatch(r"[0-9]{1,12}", text) or not 1024 <= int(text) <= 1 << 40:
+        raise ValueError("write a number of bytes between 1024 and 1099511627776, such as 1048576")
+    return int(text)
+
+
+def known_setting(name: str) -> str:
+    if name not in SETTINGS:
+        raise NotFoundError(f"there is no setting {name!r}", "see them with: grace config list")
+    return name
+
+
+def setting_document(reader: Reader, name: str) -> Row:
+    kind, default, sentence = SETTINGS[name]
+    value = setting(reader, name)
+    shown: Any = format_duration(value) if kind == "duration" else value
+    return {"name": name, "value": shown, "default": format_duration(default) if kind == "duration" else default,
+            "type": kind, "is_default": value == default, "description": sentence}  # fmt: skip
+
+
+def set_setting(tx: Tx, name: str, value: int) -> None:
+    tx.run(SET_SETTING, name=name, value=str(value), now=tx.now)
+
+
+def unset_setting(tx: Tx, name: str) -> None:
+    tx.run("DELETE FROM settings WHERE name = :name", name=name)
+
+
+# =====================================================================================================================
+# events
+# The durable bus. What happens is written in the transaction of the change and read by cursor, in order. The triggers
+# in schema.sql write htm.task.*, everything else passes through emit(). A Bell is how a process waits: a socket of its
+# own, recorded in the database, that every commit knocks at.
+
+INSERT_EVENT = """INSERT INTO events (topic, source, subject, created_at, payload)
+  VALUES (:topic, :source, :subject, :now, :payload)"""
+EVENTS_AFTER = """SELECT seq, topic, source, created_at, payload FROM events
+  WHERE seq > :after AND created_at >= :since AND topic LIKE :like ESCAPE '!' ORDER BY seq LIMIT :n"""
+EVENTS_NEWEST = """SELECT seq, topic, source, created_at, payload FROM events
+  WHERE topic LIKE :like ESCAPE '!' ORDER BY seq DESC LIMIT :n"""
+EVENTS_OF = "SELECT seq, topic, source, created_at, payload FROM events WHERE subject = :subject ORDER BY seq LIMIT :n"
+LAST_EVENT = "SELECT COALESCE(MAX(seq), 0) AS seq FROM events"
+GET_CURSOR = "SELECT seq FROM event_cursors WHERE name = :name"
+SET_CURSOR = """INSERT INTO event_cursors (name, seq, updated_at) VALUES (:name, :seq, :now)
+  ON CONFLICT (name) DO UPDATE SET seq = excluded.seq, updated_at = excluded.updated_at"""
+
+
+def emit(tx: Tx, topic: str, subject: str | None, payload: Row) -> None:
+    """Write an event of grace's own. Those of tasks come from triggers, so that they cannot disagree with the rows."""
+    if topic.startswith("htm.task."):
+        raise AssertionError(f"{topic} is written by a trigger")
+    tx.run(INSERT_EVENT, topic=topic, source=tx.actor, subject=subject, now=tx.now, payload=to_json(payload))
+
+
+def publish(tx: Tx, topic: str, payload: Any) -> int:
+    """Put a fact of the user's own on the bus; its number."""
+    tx.run(INSERT_EVENT, topic=topic, source=tx.actor, subject=None, now=tx.now, payload=to_json(payload))
+    return int(tx.con.last_insert_rowid())
+
+
+def event_id(seq: int) -> str:
+    return f"evt_{seq:012d}"
+
+
+def event_document(row: Row) -> Row:
+    """An event as it is shown: the instants in grace's own payloads as RFC 3339."""
+    payload = json.loads(row["payload"])
+    if row["topic"].startswith(OWN_TOPICS):
+        for key in [key for key in payload if key.endswith("_at") or key == "sla_deadline"]:
+            payload[key] = format_instant(payload[key])
+    return {"id": event_id(row["seq"]), "topic": row["topic"], "source": row["source"],
+            "created_at": format_instant(row["created_at"]), "payload": payload}  # fmt: skip
+
+
+def topic_pattern(glob: str) -> str:
+    """A LIKE pattern (escape character '!') from a glob with * and ?."""
+    escaped = re.sub(r"([!%_])", r"!\1", glob)
+    return escaped.replace("*", "%").replace("?", "_")
+
+
+def events_after(reader: Reader, after: int, since: int, glob: str, n: int) -> list[Row]:
+    return reader.all(EVENTS_AFTER, after=after, since=since, like=topic_pattern(glob), n=n)
+
+
+def events_newest(reader: Reader, glob: str, n: int) -> list[Row]:
+    return reader.all(EVENTS_NEWEST, like=topic_pattern(glob), n=n)[::-1]
+
+
+def runtime_folder(store: Store) -> str:
+    """Where sockets live: the user's runtime directory, else one of our own beside the database."""
+    base = os.environ.get("XDG_RUNTIME_DIR", "")
+    if base and os.path.isdir(base) and os.stat(base).st_uid == os.geteuid() and os.access(base, os.W_OK):
+        folder = os.path.join(base, "grace")
+    else:
+        folder = store.path + "-sockets"
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    return folder
+
+
+class Bell:
+    """Waiting for a commit of another process: a socket that each commit knocks at, and a look once a second."""
+
+    def __init__(self, store: Store):
+        import socket
+
+        self.store = store
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.setblocking(False)
+        self.path = os.path.join(runtime_folder(store), f"{os.getpid()}-{os.urandom(4).hex()}.sock")
+        with socket_address(self.path) as address:
+            self.socket.bind(address)
+        store.write(lambda tx: tx.run("INSERT INTO waiters (path, pid, created_at) VALUES (:path, :pid, :now)",
+                                      path=self.path, pid=os.getpid(), now=tx.now), durable=False, knock=False)  # fmt: skip
+        store.own_door = self.path
+        self._seen = store.changed()
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
+
+    def answer(self) -> None:
+        """Empty the box."""
+        with contextlib.suppress(BlockingIOError):
+            while self.socket.recv(16):
+                pass
+
+    def rang(self) -> bool:
+        """Whether another process has committed since the last call."""
+        seen, self._seen = self._seen, self.store.changed()
+        return self._seen != seen
+
+    def wait(self, seconds: float) -> None:
+        """Until something was committed, or for that long; never more than a second at once."""
+        import select
+
+        select.select([self.socket], [], [], max(0.0, min(seconds, 1.0)))
+        self.answer()
+
+    def close(self) -> None:
+        self.store.own_door = None
+        self.socket.close()
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+        with contextlib.suppress(GraceError):
+            self.store.write(lambda tx: tx.run("DELETE FROM waiters WHERE path = :path", path=self.path), durable=False, knock=False)
+
+
+def sweep_doors(store: Store) -> None:
+    """Forget the sockets of processes that ended without saying so."""
+    gone = [row["path"] for row in store.all(DOORS) if not someone_listens(row["path"])]
+    if gone:
+        store.write(lambda tx: tx.many("DELETE FROM waiters WHERE path = :path", [{"path": path} for path in gone]), durable=False, knock=False)
+
+
+def someone_listens(path: str) -> bool:
+    import socket
+
+    with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as caller:
+        try:
+            with socket_address(path) as address:
+                caller.connect(address)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            return False
+    return True
+
+
+# =====================================================================================================================
+# queue
+# Rows of handlers, tasks and attempts. A task changes by one guarded UPDATE that names the state it is in and, where
+# somebody owns it, the attempt; it changes one row or none, and the caller is told. A claim takes the task that comes
+# first by priority class, then by deadline, in an order that an index holds.
+
+GET_HANDLER = "SELECT * FROM handlers WHERE name = :name"
+LIST_HANDLERS = "SELECT * FROM handlers ORDER BY name"
+PUT_HANDLER = """INSERT INTO handlers (name, argv, cwd, env, external, paused, sla_ms, timeout_ms, kill_after_ms, max_attempts,
+    max_recoveries, backoff_ms, concurrency, rescue, warn_at, critical_at, on_critical, created_at, updated_at)
+  VALUES (:name, :argv, :cwd, :env, :external, :paused, :sla_ms, :timeout_ms, :kill_after_ms, :max_attempts,
+    :max_recoveries, :backoff_ms, :concurrency, :rescue, :warn_at, :critical_at, :on_critical, :now, :now)
+  ON CONFLICT (name) DO UPDATE SET argv = excluded.argv, cwd = excluded.cwd, env = excluded.env, external = excluded.external,
+    sla_ms = excluded.sla_ms, timeout_ms = excluded.timeout_ms, kill_after_ms = excluded.kill_after_ms,
+    max_attempts = excluded.max_attempts, max_recoveries = excluded.max_recoveries, backoff_ms = excluded.backoff_ms,
+    concurrency = excluded.concurrency, rescue = excluded.rescue, warn_at = excluded.warn_at,
+    critical_at = excluded.critical_at, on_critical = excluded.on_critical, updated_at = excluded.updated_at"""
+PAUSE_HANDLER = "UPDATE handlers SET paused = :paused, updated_at = :now WHERE name = :name"
+OPEN_OF_HANDLER = """SELECT COALESCE(SUM(n), 0) AS n FROM task_counts
+  WHERE handler = :name AND status IN ('queued', 'blocked', 'assigned', 'running')"""
+
+INSERT_TASK = """INSERT INTO htm_tasks (task_id, intent_id, parent_task_id, retry_of, task_type, domain, handler, goal, payload,
+    status, reason, priority, order_at, available_at, next_at, aged_at, sla_ms, sla_deadline, warn_at, critical_at, timeout_ms,
+    max_attempts, created_at, queued_at, updated_at, updated_by)
+  VALUES (:task_id, :intent_id, :parent_task_id, :retry_of, :task_type, :domain, :handler, :goal, :payload,
+    :status, :reason, :priority, :order_at, :available_at, :next_at, :queued_at, :sla_ms, :sla_deadline, :warn_at, :critical_at,
+    :timeout_ms, :max_attempts, :now, :queued_at, :now, :actor)"""
+GET_TASK = "SELECT * FROM htm_tasks WHERE task_id = :id"
+RUNNABLE = """SELECT h.name, h.concurrency FROM handlers h WHERE h.paused = 0 AND h.external = 0
+  AND EXISTS (SELECT 1 FROM htm_tasks t WHERE t.handler = h.name AND t.status = 'queued' AND t.available_at IS NULL)"""
+CLAIMABLE_BY_NAME = "SELECT name, concurrency FROM handlers WHERE name = :name AND paused = 0"
+OPEN_ATTEMPTS_OF_HANDLER = """SELECT COUNT(*) AS n FROM htm_task_attempts a JOIN htm_tasks t ON t.task_id = a.task_id
+  WHERE a.finished_at IS NULL AND t.handler = :name"""
+HEADS = """SELECT rank, order_at, seq, task_id FROM htm_tasks t
+  WHERE handler = :name AND status = 'queued' AND available_at IS NULL
+    AND (retry_of IS NULL OR NOT EXISTS (SELECT 1 FROM htm_task_attempts a WHERE a.task_id = t.retry_of AND a.finished_at IS NULL))
+  ORDER BY rank, order_at, seq LIMIT :n"""
+TAKE = """UPDATE htm_tasks SET status = 'assigned', reason = NULL, attempt_number = attempt_number + 1, attempt_id = :attempt_id,
+    assigned_worker = :worker, assigned_at = :now, updated_at = :now, updated_by = :actor
+  WHERE task_id = :task_id AND status = 'queued' AND available_at IS NULL RETURNING *"""
+INSERT_ATTEMPT = """INSERT INTO htm_task_attempts (attempt_id, task_id, attempt_number, worker_id, token, lease_ms,
+    lease_expires_at, created_at)
+  VALUES (:attempt_id, :task_id, :attempt_number, :worker, :token, :lease_ms, :lease_expires_at, :now)"""
+START = """UPDATE htm_tasks SET status = 'running', started_at = :now, updated_at = :now, updated_by = :actor,
+    queue_time_ms = COALESCE(queue_time_ms, CASE WHEN :now > queued_at THEN :now - queued_at ELSE 0 END)
+  WHERE task_id = :task_id AND status = 'assigned' AND attempt_id = :attempt_id RETURNING *"""
+START_ATTEMPT = """UPDATE htm_task_attempts SET started_at = :now, pid = :pid, pid_started = :pid_started, boot_id = :boot_id
+  WHERE attempt_id = :attempt_id"""
+REQUEUE = """UPDATE htm_tasks SET status = 'queued', reason = :reason, attempt_number = :attempt_number, attempt_id = NULL,
+    available_at = :available_at, next_at = :next_at, recoveries = recoveries + :recovered, deaths = deaths + :died, error = :error,
+    exit_status = COALESCE(:exit_status, exit_status), execution_time_ms = COALESCE(:execution_ms, execution_time_ms),
+    updated_at = :now, updated_by = :actor
+  WHERE task_id = :task_id AND status IN ('assigned', 'running') AND attempt_id = :attempt_id RETURNING *"""
+UNBLOCK = """UPDATE htm_tasks SET status = 'queued', reason = NULL, next_at = :next_at, updated_at = :now, updated_by = :actor
+  WHERE task_id = :task_id AND status = 'blocked' RETURNING *"""
+FINISH = """UPDATE htm_tasks SET status = :status, reason = :reason, result = COALESCE(:result, result), error = :error,
+    exit_status = COALESCE(:exit_status, exit_status), finished_at = :now, attempt_id = NULL, next_at = NULL, available_at = NULL,
+    sla_met = :sla_met, sla_buffer_ms = sla_deadline - :now, execution_time_ms = :execution_ms,
+    total_time_ms = CASE WHEN :now > queued_at THEN :now - queued_at ELSE 0 END, updated_at = :now, updated_by = :actor
+  WHERE task_id = :task_id AND status = :was AND COALESCE(attempt_id, '') = :attempt_id RETURNING *"""
+RAISE_PRIORITY = """UPDATE htm_tasks SET priority = :priority, priority_reason = :why, aged_at = :aged_at, next_at = :next_at,
+    updated_at = :now, updated_by = :actor
+  WHERE task_id = :task_id AND finished_at IS NULL RETURNING *"""
+RAISE_LEVEL = """UPDATE htm_tasks SET escalation_level = :level, priority = :priority, priority_reason = :why, sla_met = :sla_met,
+    next_at = :next_at, updated_at = :now, updated_by = :actor
+  WHERE task_id = :task_id AND escalation_level = :level - 1 AND finished_at IS NULL RETURNING *"""
+WAKE = """UPDATE htm_tasks SET available_at = NULL, next_at = :next_at, updated_at = :now, updated_by = :actor
+  WHERE task_id = :task_id AND finished_at IS NULL RETURNING *"""
+SET_NEXT = "UPDATE htm_tasks SET next_at = :next_at WHERE task_id = :task_id AND finished_at IS NULL"
+SET_ASIDE = """UPDATE htm_tasks SET set_aside = :why, next_at = NULL, updated_at = :now, updated_by = :actor
+  WHERE task_id = :task_id AND finished_at IS NULL AND set_aside IS NULL"""
+SET_PROGRESS = """UPDATE htm_tasks SET progress = :progress WHERE task_id = :task_id AND status = 'running'"""
+
+GET_ATTEMPT = "SELECT * FROM htm_task_attempts WHERE attempt_id = :id"
+ATTEMPTS_OF = "SELECT * FROM htm_task_attempts WHERE task_id = :id ORDER BY created_at, attempt_id"
+OPEN_ATTEMPT = "SELECT * FROM htm_task_attempts WHERE task_id = :id AND finished_at IS NULL"
+OPEN_ATTEMPTS = "SELECT * FROM htm_task_attempts WHERE worker_id = :worker AND finished_at IS NULL ORDER BY created_at"
+END_ATTEMPT = """UPDATE htm_task_attempts SET finished_at = :now, outcome = :outcome, ended_by = :ended_by, exit_status = :exit_status,
+    error = :error, log_bytes = :log_bytes, log_dropped = :log_dropped
+  WHERE attempt_id = :attempt_id AND finished_at IS NULL"""
+STOP_ATTEMPT = "UPDATE htm_task_attempts SET stop_requested = :why WHERE attempt_id = :attempt_id AND finished_at IS NULL"
+RENEW_LEASE = """UPDATE htm_task_attempts SET lease_expires_at = :now + lease_ms
+  WHERE attempt_id = :attempt_id AND finished_at IS NULL AND lease_ms IS NOT NULL RETURNING lease_expires_at"""
+EXPIRED_LEASES = """SELECT * FROM htm_task_attempts WHERE finished_at IS NULL AND lease_ms IS NOT NULL AND lease_expires_at <= :now
+  ORDER BY lease_expires_at LIMIT :n"""
+EXTEND_LEASES = """UPDATE htm_task_attempts SET lease_expires_at = lease_expires_at + :by
+  WHERE finished_at IS NULL AND lease_ms IS NOT NULL"""
+NEXT_INSTANT = """SELECT MIN(at) AS at FROM (SELECT MIN(next_at) AS at FROM htm_tasks WHERE next_at IS NOT NULL
+  UNION ALL SELECT MIN(lease_expires_at) FROM htm_task_attempts WHERE finished_at IS NULL AND lease_ms IS NOT NULL) AS instants"""
+ID_LIKE = {
+    "task": "SELECT task_id AS id FROM htm_tasks WHERE task_id >= :low AND task_id < :high ORDER BY task_id LIMIT 6",
+    "intent": "SELECT intent_id AS id FROM intent_records WHERE intent_id >= :low AND intent_id < :high ORDER BY intent_id LIMIT 6",
+}
+
+
+def find_id(reader: Reader, kind: str, text: str) -> str:
+    """The id of a task or an intent from itself or an unambiguous prefix."""
+    if not OWN_ID.fullmatch(text):
+        raise UsageError(f"{text[:60]!r} is not an id", f"see ids with: grace {kind} list")
+    ids = [row["id"] for row in reader.all(ID_LIKE[kind], low=text, high=text[:-1] + chr(ord(text[-1]) + 1))]
+    if text in ids or len(ids) == 1:
+        return text if text in ids else str(ids[0])
+    if ids:
+        raise UsageError(f"{text!r} is ambiguous: {', '.join(ids[:5])}{', …' if len(ids) > 5 else ''}", "write more of the id")
+    raise NotFoundError(f"there is no {kind} {text!r}", f"see them with: grace {kind} list")
+
+
+def find_handler(reader: Reader, name: str) -> Row:
+    """The handler's row; NotFoundError with the nearest names."""
+    row = reader.one(GET_HANDLER, name=name)
+    if row is None:
+        import difflib
+
+        near = difflib.get_close_matches(name, [other["name"] for other in reader.all(LIST_HANDLERS)], 3, 0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"make it with: grace handler add {name} -- CMD ARGS…"
+        raise NotFoundError(f"there is no handler {name!r}", hint)
+    return row
+
+
+def put_handler(tx: Tx, handler: Row, replace: bool) -> Row:
+    old = tx.one(GET_HANDLER, name=handler["name"])
+    if old and not replace:
+        raise ConflictError(f"the handler {handler['name']!r} exists already", "change it with --replace")
+    if handler["rescue"]:
+        find_handler(tx, handler["rescue"])
+    tx.run(PUT_HANDLER, **{**HANDLER_DEFAULTS, **handler}, now=tx.now)
+    return find_handler(tx, handler["name"])
+
+
+def remove_handler(tx: Tx, name: str) -> Row:
+    row = find_handler(tx, name)
+    if tx.value(OPEN_OF_HANDLER, name=name):
+        raise ConflictError(f"the handler {name!r} still has unfinished tasks", f"cancel them, or keep them waiting with: grace handler pause {name}")
+    if rescued := tx.value("SELECT name FROM handlers WHERE rescue = :name", name=name):
+        raise ConflictError(f"the handler {rescued!r} names {name!r} as its rescue", f"change it first: grace handler add {rescued} --replace …")
+    tx.run("DELETE FROM handlers WHERE name = :name", name=name)
+    return row
+
+
+def pause_handler(tx: Tx, name: str, paused: bool) -> Row:
+    find_handler(tx, name)
+    tx.run(PAUSE_HANDLER, name=name, paused=int(paused), now=tx.now)
+    return find_handler(tx, name)
+
+
+def get_task(reader: Reader, task_id: str) -> Row:
+    row = reader.one(GET_TASK, id=task_id)
+    if row is None:
+        raise NotFoundError(f"there is no task {task_id!r}", "see them with: grace task list")
+    return row
+
+
+def changed_task(tx: Tx, old: Row, sql: str, **params: Any) -> Row:
+    """Run one guarded UPDATE … RETURNING on a task and keep the counts; ConflictError when the task has moved on."""
+    new = tx.one(sql, task_id=old["task_id"], now=tx.now, actor=tx.actor, **params)
+    if new is None:
+        raise ConflictError(f"the task {old['task_id']} has changed meanwhile")
+    if (old["status"], old["priority"], old["escalation_level"]) != (new["status"], new["priority"], new["escalation_level"]):
+        tx.count(old, new)
+    return new
+
+
+def task_row(tx: Tx, **fields: Any) -> Row:
+    """What INSERT_TASK needs, with the derived places: order, deadline, first step."""
+    row: Row = {
+        "intent_id": None, "parent_task_id": None, "retry_of": None, "status": "queued", "reason": None, "available_at": None,
+        "warn_at": 0.8, "critical_at": 2.0, "timeout_ms": None, "queued_at": tx.now, "now": tx.now, "actor": tx.actor,
+        "escalation_level": 0, "set_aside": None, **fields,
+    }  # fmt: skip
+    sla, start = row["sla_ms"], row["queued_at"]
+    row["sla_deadline"] = None if sla is None else start + sla
+    row["order_at"] = start + (UNHURRIED_MS if sla is None else sla)
+    row["aged_at"] = start
+    return row
+
+
+def insert_tasks(tx: Tx, rows: list[Row]) -> None:
+    age_every = setting(tx, "queue.age_every")
+    for row in rows:
+        row["next_at"] = next_step_at(row, age_every)
+        tx.count(None, row)
+    tx.many(INSERT_TASK, rows)
+
+
+def first_in_line(tx: Tx, handlers: list[Row], n: int) -> list[str]:
+    """The ids of the n tasks that come first among these handlers' tasks, within each one's concurrency."""
+    heads: list[Row] = []
+    for handler in handlers:
+        limit = n
+        if handler["concurrency"] is not None:
+            limit = min(n, handler["concurrency"] - tx.value(OPEN_ATTEMPTS_OF_HANDLER, name=handler["name"]))
+        if limit > 0:
+            heads += tx.all(HEADS, name=handler["name"], n=limit)
+    heads.sort(key=lambda row: (row["rank"], row["order_at"], row["seq"]))
+    return [row["task_id"] for row in heads[:n]]
+
+
+def take(tx: Tx, task_id: str, worker: str, lease_ms: int | None = None) -> Row | None:
+    """Make a queued task this worker's, with a new attempt: the task's row with `attempt_id`, `token`, `lease_expires_at`."""
+    attempt: Row = {
+        "attempt_id": new_id("att", tx.now), "task_id": task_id, "worker": worker, "token": os.urandom(16).hex(), "lease_ms": lease_ms,
+        "lease_expires_at": None if lease_ms is None else tx.now + lease_ms, "now": tx.now,
+    }  # fmt: skip
+    row = tx.one(TAKE, task_id=task_id, attempt_id=attempt["attempt_id"], worker=worker, now=tx.now, actor=tx.actor)
+    if row is None:
+        return None
+    tx.run(INSERT_ATTEMPT, attempt_number=row["attempt_number"], **attempt)
+    tx.count({**row, "status": "queued"}, row)
+    return {**row, "token": attempt["token"], "lease_expires_at": attempt["lease_expires_at"]}
+
+
+def end_attempt_row(tx: Tx, attempt_id: str, ending: Row) -> None:
+    tx.run(END_ATTEMPT, attempt_id=attempt_id, now=tx.now, outcome=ending["outcome"], ended_by=ending.get("ended_by", "command"),
+           exit_status=ending.get("exit_status"), error=ending.get("error"), log_bytes=ending.get("log_bytes", 0),
+           log_dropped=ending.get("log_dropped", 0))  # fmt: skip
+
+
+def next_instant(reader: Reader) -> int | None:
+    """When the next step, wake-up or lease is due."""
+    instant: int | None = reader.value(NEXT_INSTANT)
+    return instant
+
+
+# =====================================================================================================================
+# ladder
+# Each open task holds the instant of its next step, so a sweep costs what is due. A step commits together with its
+# effect and its event, guarded by the level before it: it happens once, whoever notices it, and in order.
+
+DUE = "SELECT * FROM htm_tasks WHERE next_at <= :now ORDER BY next_at LIMIT :n"
+RESCUE_OF = "SELECT * FROM htm_tasks WHERE parent_task_id = :id AND task_type = 'rescue' ORDER BY seq DESC LIMIT 1"
+WAITING_RESCUES = """SELECT * FROM htm_tasks WHERE task_type = 'rescue' AND handler IS NULL AND status = 'queued'
+  ORDER BY seq LIMIT 20"""
+
+
+def sweep(tx: Tx) -> int:
+    """Take all steps that are due now; the number of tasks looked at. A row the ladder cannot reckon with is set aside."""
+    due = tx.all(DUE, now=tx.now, n=SWEEP_BATCH)
+    age_every = setting(tx, "queue.age_every") if due else 0
+    for task in due:
+        take_due_steps(tx, task, age_every)
+    return len(due)
+
+
+def take_due_steps(tx: Tx, task: Row, age_every: int, ending: bool = False) -> Row:
+    """Bring one open task up to `tx.now`; its row afterwards. A task that is ending gets no rescue any more."""
+    why = odd_row(task)
+    if why and not task["set_aside"]:
+        tx.run(SET_ASIDE, task_id=task["task_id"], why=why, now=tx.now, actor=tx.actor)
+        return get_task(tx, task["task_id"])
+    for _ in range(100):
+        steps = next_steps(task, age_every)
+        if not steps or steps[0][0] > tx.now:
+            break
+        task = take_step(tx, task, steps[0], age_every, ending)
+    if not ending:
+        tx.run(SET_NEXT, task_id=task["task_id"], next_at=next_step_at(task, age_every))
+    return task
+
+
+def take_step(tx: Tx, task: Row, step: Step, age_every: int, ending: bool) -> Row:
+    """One step with its effect and its event; the task's row afterwards."""
+    due_at, name = step
+    if name == "available":
+        return changed_task(tx, task, WAKE, next_at=due_at)
+    if name == "ageing":
+        above = PRIORITIES[PRIORITIES.index(task["priority"]) - 1]
+        return raise_priority(tx, task, above, name, due_at)
+    if name.startswith("urgency"):
+        return raise_priority(tx, task, "high" if name == "urgency_half" else "critical", name, task["aged_at"])
+    return raise_level(tx, task, LEVELS.index(name), due_at, ending)
+
+
+def raise_priority(tx: Tx, task: Row, priority: str, why: str, aged_at: int) -> Row:
+    tx.total("queue_reprioritizations")
+    return changed_task(tx, task, RAISE_PRIORITY, priority=raised(task["priority"], priority), why=why, aged_at=aged_at, next_at=tx.now)
+
+
+def raise_level(tx: Tx, task: Row, level: int, due_at: int, ending: bool) -> Row:
+    """Warning, violation or critical: the escalation, the rescue, the event."""
+    priority = raised(task["priority"], "high") if level == 2 else task["priority"]
+    was_raised = priority != task["priority"]
+    task = changed_task(tx, task, RAISE_LEVEL, level=level, priority=priority, next_at=tx.now,
+                        why="sla_violated" if was_raised else task["priority_reason"], sla_met=0 if level >= 2 else task["sla_met"])  # fmt: skip
+    tx.total(("", "warnings_issued", "escalations_triggered", "criticals_reached")[level])
+    if was_raised and task["status"] == "queued":
+        tx.total("queue_reprioritizations")
+    rescue = None if level < 3 or ending else spawn_rescue(tx, task)
+    action = {1: "warned", 2: "escalated" if was_raised else "recorded", 3: "rescue_spawned" if rescue else "recorded"}[level]
+    emit(tx, f"htm.sla.{LEVELS[level]}", task["task_id"], step_payload(tx, task, level, due_at, action, rescue))
+    return task
+
+
+def step_payload(tx: Tx, task: Row, level: int, due_at: int, action: str, rescue_id: str | None) -> Row:
+    """What a step's event says. Elapsed and overdue are as of the step itself; lag is how much later it was noticed."""
+    elapsed, lag = due_at - task["queued_at"], max(0, tx.now - due_at)
+    return {
+        "task_id": task["task_id"], "intent_id": task["intent_id"], "task_type": task["task_type"], "domain": task["domain"],
+        "level": LEVELS[level], "due_at": due_at, "noticed_at": tx.now, "lag_ms": lag, "late": lag > LATE_MS or due_at < tx.since,
+        "sla_ms": task["sla_ms"], "elapsed_ms": elapsed, "elapsed_percent": round(100 * elapsed / task["sla_ms"], 1),
+        "overdue_ms": max(0, elapsed - task["sla_ms"]), "overdue_percent": max(0.0, round(100 * elapsed / task["sla_ms"] - 100, 1)),
+        "assigned_worker": task["assigned_worker"] if task["attempt_id"] else None, "action": action, "rescue_task_id": rescue_id,
+        "message": message_of(LEVELS[level], task, elapsed),
+    }  # fmt: skip
+
+
+def spawn_rescue(tx: Tx, task: Row) -> str | None:
+    """The one rescue of a task that has become critical; None where its handler wants none."""
+    handler = tx.one(GET_HANDLER, name=task["handler"]) or HANDLER_DEFAULTS
+    if handler["on_critical"] == "none":
+        return None
+    rescuer = tx.one(GET_HANDLER, name=handler["rescue"]) if handler["rescue"] else None
+    task_id, goal = new_id("task", tx.now), f"Rescue {task['task_id']}: {task['goal']}"[:2000]
+    payload = {"intent_id": task["intent_id"], "task_id": task_id, "goal": goal, "expected_outcome": None,
+               "context": {"stuck_task_id": task["task_id"], "stuck_status": task["status"], "stuck_attempt_id": task["attempt_id"],
+                           "stuck_worker": task["assigned_worker"], "stuck_payload": json.loads(task["payload"])}}  # fmt: skip
+    row = task_row(tx, task_id=task_id, intent_id=task["intent_id"], parent_task_id=task["task_id"], task_type="rescue",
+                   domain=task["domain"], handler=rescuer["name"] if rescuer else None, goal=goal, payload=to_json(payload),
+                   priority="critical", sla_ms=max(1, task["sla_ms"] // 2),
+                   timeout_ms=rescuer["timeout_ms"] if rescuer else None, max_attempts=rescuer["max_attempts"] if rescuer else 1)  # fmt: skip
+    insert_tasks(tx, [row])
+    tx.total("sub_agents_spawned")
+    return task_id
+
+
+# =====================================================================================================================
+# learning
+# What came of each task, written once, in the transaction that ended it; and the all-time totals behind `status`.
+
+INSERT_OUTCOME = """INSERT INTO outcome_records (task_id, intent_id, action_type, handler, domain, success, confidence_score,
+    execution_time, context, created_at)
+  VALUES (:task_id, :intent_id, :action_type, :handler, :domain, :success, :confidence, :execution_time, :context, :now)
+  ON CONFLICT (task_id) DO NOTHING"""
+CONFIDENCE_OF = "SELECT confidence FROM intent_records WHERE intent_id = :id"
+
+
+def as_truth(value: int | None) -> bool | None:
+    return None if value is None else bool(value)
+
+
+def record_outcome(tx: Tx, task: Row) -> None:
+    """The outcome of a task that has just ended, its event, and the totals."""
+    metrics = {name: task[name] for name in ("queue_time_ms", "execution_time_ms", "attempt_number", "sla_buffer_ms")}
+    context = {"intent_id": task["intent_id"], "goal": task["goal"], "status": task["status"], "reason": task["reason"],
+               "sla_met": as_truth(task["sla_met"]), "metrics": metrics}  # fmt: skip
+    success, seconds = int(task["status"] == "completed"), task["execution_time_ms"] and task["execution_time_ms"] / 1000
+    tx.run(INSERT_OUTCOME, task_id=task["task_id"], intent_id=task["intent_id"], action_type=f"intent_{task['domain']}",
+           handler=task["handler"], domain=task["domain"], success=success, context=to_json(context), now=tx.now,
+           confidence=tx.value(CONFIDENCE_OF, id=task["intent_id"]), execution_time=seconds)  # fmt: skip
+    emit(tx, "learning.outcome", task["task_id"], {
+        "task_id": task["task_id"], "intent_id": task["intent_id"], "handler": task["handler"], "domain": task["domain"],
+        "success": bool(success), "sla_met": as_truth(task["sla_met"]), **metrics})  # fmt: skip
+
+
+def add_totals(tx: Tx, task: Row) -> None:
+    """Sums behind the averages, of every task that reached a final state."""
+    if task["sla_met"] is not None:
+        tx.total("sla_met" if task["sla_met"] else "sla_missed")
+        tx.total("buffer_ms_sum", task["sla_buffer_ms"])
+        tx.total("buffer_ms_n")
+    if task["status"] != "completed":
+        return
+    for name in ("queue_time_ms", "execution_time_ms", "total_time_ms"):
+        tx.total(f"{name}_sum", task[name] or 0)
+    tx.total("completed_n")
+
+
+# =====================================================================================================================
+# intents
+# The goal's own row. Its status follows its current task in the same transaction, and it learns from the outcome once.
+
+INSERT_INTENT = """INSERT INTO intent_records (intent_id, htm_task_id, goal, expected_outcome, domain, handler, priority, status,
+    sla_ms, confidence, risk_level, context, created_at, dispatched_at, created_by, idempotency_key)
+  VALUES (:intent_id, :task_id, :goal, :expected_outcome, :domain, :handler, :priority, 'dispatched',
+    :sla_ms, :confidence, :risk_level, :context, :now, :now, :created_by, :key)"""
+GET_INTENT = "SELECT * FROM intent_records WHERE intent_id = :id"
+INTENT_BY_KEY = "SELECT * FROM intent_records WHERE idempotency_key = :key"
+FOLLOW_OPEN = """UPDATE intent_records SET status = :status
+  WHERE intent_id = :intent_id AND htm_task_id = :task_id AND status IN ('dispatched', 'executing')"""
+FOLLOW_FINAL = """UPDATE intent_records SET status = :status, completed_at = :now, success = :success, sla_met = :sla_met,
+    result = :result, actual_execution_ms = :execution_ms, learned_from = 1
+  WHERE intent_id = :intent_id AND htm_task_id = :task_id AND status IN ('dispatched', 'executing')"""
+DISPATCH_AGAIN = """UPDATE intent_records SET status = 'dispatched', htm_task_id = :task_id, dispatched_at = :now, completed_at = NULL,
+    success = NULL, sla_met = NULL, result = NULL, actual_execution_ms = NULL, learned_from = 0
+  WHERE intent_id = :intent_id AND status <> 'completed'"""
+INTENT_OF_TASK = {"queued": "dispatched", "blocked": "dispatched", "assigned": "dispatched", "running": "executing"}
+
+
+def get_intent(reader: Reader, intent_id: str) -> Row:
+    row = reader.one(GET_INTENT, id=intent_id)
+    if row is None:
+        raise NotFoundError(f"there is no intent {intent_id!r}", "see them with: grace intent list")
+    return row
+
+
+def follow(tx: Tx, task: Row) -> None:
+    """The intent's status after its task's. A rescue, or a task that has been replaced, moves no intent."""
+    if task["task_type"] != "rescue":
+        tx.run(FOLLOW_OPEN, intent_id=task["intent_id"], task_id=task["task_id"], status=INTENT_OF_TASK[task["status"]])
+
+
+def follow_final(tx: Tx, task: Row) -> bool:
+    """Close the intent with its task; whether it was this task's to close."""
+    closed = tx.run(FOLLOW_FINAL, intent_id=task["intent_id"], task_id=task["task_id"], status=task["status"], now=tx.now,
+                    success=int(task["status"] == "completed"), sla_met=task["sla_met"], result=task["result"],
+                    execution_ms=task["execution_time_ms"])  # fmt: skip
+    if closed:
+        emit(tx, f"agentic.intent.{task['status']}", task["intent_id"], {
+            "intent_id": task["intent_id"], "task_id": task["task_id"], "goal": task["goal"], "domain": task["domain"],
+            "status": task["status"], "reason": task["reason"], "sla_met": as_truth(task["sla_met"]), "error": task["error"],
+            "execution_time_ms": task["execution_time_ms"]})  # fmt: skip
+    return bool(closed)
+
+
+# =====================================================================================================================
+# lifecycle
+# The functions that write across sections: submit, start, finish, cancel, retry, block and unblock, recover, repair.
+# Each runs inside the caller's transaction and leaves nothing half-done.
+
+DEPENDANTS = """SELECT t.* FROM task_dependencies d JOIN htm_tasks t ON t.task_id = d.task_id
+  WHERE d.intent_id = :intent_id AND t.status = 'blocked'"""
+WAITS_STILL = """SELECT COUNT(*) AS n FROM task_dependencies d JOIN intent_records i ON i.intent_id = d.intent_id
+  WHERE d.task_id = :task_id AND i.status <> 'completed'"""
+INSERT_DEPENDENCY = """INSERT INTO task_dependencies (task_id, intent_id) VALUES (:task_id, :intent_id)
+  ON CONFLICT (task_id, intent_id) DO NOTHING"""
+SPEC_DEFAULTS: Row = {
+    "handler": None, "domain": "general", "priority": "normal", "sla_ms": None, "context": "{}", "expected_outcome": None,
+    "confidence": None, "risk_level": None, "created_by": "grace", "intent_id": None, "key": None, "at": None, "after": (),
+    "max_attempts": None, "timeout_ms": None,
+}  # fmt: skip
+
+
+def submit(tx: Tx, specs: Iterable[Row]) -> list[Row]:
+    """Record intents with their tasks; for each {intent_id, task_id, status, duplicate}. All of them, or an error and none.
+
+    A spec has `goal` and the keys of SPEC_DEFAULTS; `command` True means that the caller itself runs it."""
+    done: list[Row] = []
+    made: list[tuple[Row, Row]] = []
+    keys: dict[str, Row] = {}
+    handlers: dict[str, Row] = {}
+    taken: set[str] = set()
+    for number, given in enumerate(specs, 1):
+        spec = {**SPEC_DEFAULTS, **given}
+        first = keys.get(spec["key"]) or duplicate_of(tx, spec["key"]) if spec["key"] else None
+        if first:
+            done.append({**first, "duplicate": True})
+            continue
+        try:
+            intent, task = intent_and_task(tx, spec, handlers, taken)
+        except GraceError as error:
+            error.message = f"line {spec.get('line', number)}: {error.message}" if "line" in spec else error.message
+            raise
+        if spec["after"]:  # what came before in this batch must be findable
+            insert_pairs(tx, made)
+            made.clear()
+            block(tx, task, spec["after"])
+        made.append((intent, task))
+        done.append({"intent_id": intent["intent_id"], "task_id": task["task_id"], "status": task["status"],
+                     "sla_deadline": format_instant(task["sla_deadline"]), "duplicate": False})  # fmt: skip
+        if spec["key"]:
+            keys[spec["key"]] = done[-1]
+        if spec["after"]:
+            insert_pairs(tx, made)
+            made.clear()
+            tx.many(INSERT_DEPENDENCY, ({"task_id": task["task_id"], "intent_id": needed} for needed in task["needs"]))
+    insert_pairs(tx, made)
+    return done
+
+
+def duplicate_of(tx: Tx, key: str) -> Row | None:
+    row = tx.one(INTENT_BY_KEY, key=key)
+    if row is None:
+        return None
+    task = tx.one(GET_TASK, id=row["htm_task_id"])
+    return {"intent_id": row["intent_id"], "task_id": row["htm_task_id"], "status": task["status"] if task else None,
+            "sla_deadline": format_instant(task["sla_deadline"]) if task else None}  # fmt: skip
+
+
+def intent_and_task(tx: Tx, spec: Row, handlers: dict[str, Row], taken: set[str]) -> tuple[Row, Row]:
+    """The two rows of one submission, not yet written."""
+    name = None if spec.get("command") else spec["handler"] or spec["domain"]
+    if name and name not in handlers:
+        try:
+            handlers[name] = find_handler(tx, name)
+        except NotFoundError as error:
+            if not spec["handler"]:
+                error.message += " (the domain's name stands for the handler where --handler is not given)"
+            raise
+    handler = handlers[name] if name else HANDLER_DEFAULTS
+    intent_id = spec["intent_id"] or new_id("int", tx.now)
+    if spec["intent_id"] and (intent_id in taken or tx.one(GET_INTENT, id=intent_id)):
+        raise ConflictError(f"the intent {intent_id!r} exists already", "to make a repeated call harmless, use --key")
+    taken.add(intent_id)
+    start = max(tx.now, spec["at"] or 0)
+    sla = spec["sla_ms"] if spec["sla_ms"] is not None else handler["sla_ms"]
+    task_id = new_id("task", tx.now)
+    intent = {**spec, "intent_id": intent_id, "task_id": task_id, "handler": name, "sla_ms": sla, "now": tx.now}
+    task = task_row(tx, task_id=task_id, intent_id=intent_id, task_type=name or "command", domain=spec["domain"], handler=name,
+                    goal=spec["goal"], payload="", priority=spec["priority"], sla_ms=sla, queued_at=start,
+                    available_at=start if start > tx.now else None, warn_at=handler["warn_at"], critical_at=handler["critical_at"],
+                    timeout_ms=spec["timeout_ms"] or handler["timeout_ms"],
+                    max_attempts=spec["max_attempts"] or (1 if spec.get("command") else handler["max_attempts"]))  # fmt: skip
+    task["payload"] = payload_of(intent, task)
+    return intent, task
+
+
+def payload_of(intent: Row, task: Row) -> str:
+    """What the handler is told, with the full context; the context's text goes in as it is."""
+    head = {"intent_id": task["intent_id"], "task_id": task["task_id"], "goal": intent["goal"], "expected_outcome": intent["expected_outcome"],
+            "domain": intent["domain"], "priority": intent["priority"], "risk_level": intent["risk_level"],
+            "confidence": intent["confidence"], "created_by": intent["created_by"], "sla_ms": task["sla_ms"],
+            "sla_deadline": format_instant(task["sla_deadline"])}  # fmt: skip
+    return f'{to_json(head)[:-1]},"context":{intent["context"]}}}'
+
+
+def insert_pairs(tx: Tx, pairs: list[tuple[Row, Row]]) -> None:
+    if not pairs:
+        return
+    tx.many(INSERT_INTENT, (intent for intent, _ in pairs))
+    insert_tasks(tx, [task for _, task in pairs])
+    tx.many(INSERT_EVENT, ({"topic": "agentic.intent.created", "source": tx.actor, "subject": intent["intent_id"], "now": tx.now,
+                            "payload": to_json({name: intent[name] for name in ("intent_id", "task_id", "goal", "domain", "handler",
+                                                                                "priority", "sla_ms", "created_by")})}
+                           for intent, _ in pairs))  # fmt: skip
+
+
+def block(tx: Tx, task: Row, after: Iterable[str]) -> None:
+    """Let a task that is about to be written wait for intents. `needs` are their full ids."""
+    task["needs"] = [find_id(tx, "intent", text) for text in after]
+    states = {needed: get_intent(tx, needed)["status"] for needed in task["needs"]}
+    for needed, status in states.items():
+        if status in FINAL and status != "completed":
+            raise ConflictError(f"the intent {needed} has ended {status}, so waiting for it would never end",
+                                f"run it again first: grace intent retry {needed}")  # fmt: skip
+    if any(status != "completed" for status in states.values()):
+        task["status"], task["reason"] = "blocked", "waiting_dependency"
+
+
+def claim(tx: Tx, worker: str, n: int, only: Iterable[str] = ()) -> list[Row]:
+    """Up to n queued tasks become this daemon's, best first; `only` restricts the handlers."""
+    handlers = tx.all(RUNNABLE)
+    if only:
+        handlers = [row for row in handlers if row["name"] in set(only)]
+    taken = (take(tx, task_id, worker) for task_id in first_in_line(tx, handlers, n))
+    return [row for row in taken if row is not None]
+
+
+def claim_external(tx: Tx, names: Iterable[str], worker: str, lease_ms: int) -> Row | None:
+    """One task for a program that is not grace, running under a lease from now; expired leases go back first."""
+    recover_expired(tx)
+    sweep(tx)
+    handlers = [row for name in names for row in tx.all(CLAIMABLE_BY_NAME, name=name)]
+    for task_id in first_in_line(tx, handlers, 1):
+        taken = take(tx, task_id, worker, lease_ms)
+        if taken:
+            return {**taken, **start(tx, taken, None, None, None)}
+    return None
+
+
+def start(tx: Tx, task: Row, pid: int | None, pid_started: int | None, boot_id: str | None) -> Row:
+    """The attempt's process runs; ConflictError when the task was taken away meanwhile."""
+    tx.run(START_ATTEMPT, attempt_id=task["attempt_id"], now=tx.now, pid=pid, pid_started=pid_started, boot_id=boot_id)
+    row = changed_task(tx, task, START, attempt_id=task["attempt_id"])
+    follow(tx, row)
+    return row
+
+
+def end_attempt(tx: Tx, task_id: str, attempt_id: str, ending: Row) -> Row:
+    """An attempt has ended: close its row and decide what becomes of the task; the task's row afterwards.
+
+    `ending`: outcome, ended_by, exit_status, error, result, retry (False: no further attempt), log_bytes, log_dropped.
+    A task that the attempt no longer owns is left as it is."""
+    task = get_task(tx, task_id)
+    end_attempt_row(tx, attempt_id, ending)
+    if task["attempt_id"] != attempt_id:
+        return task
+    outcome = ending["outcome"]
+    if outcome == "completed":
+        return finish(tx, task, "completed", None, ending)
+    if outcome in ("interrupted", "rescued"):
+        return requeue(tx, task, outcome, ending, task["attempt_number"] - 1)
+    if outcome in ("failed", "timeout") and ending.get("retry", True) and task["attempt_number"] < task["max_attempts"]:
+        handler = tx.one(GET_HANDLER, name=task["handler"]) or HANDLER_DEFAULTS
+        pause = backoff_ms(handler["backoff_ms"], task["attempt_number"], os.urandom(1)[0] / 255)
+        return requeue(tx, task, "backoff", ending, task["attempt_number"], tx.now + pause)
+    return finish(tx, task, outcome, ending.get("reason"), ending)
+
+
+def requeue(tx: Tx, task: Row, reason: str, ending: Row, attempt_number: int, available_at: int | None = None, died: bool = False) -> Row:
+    recovered = int(reason == "recovered")
+    ahead = {**task, "status": "queued", "available_at": available_at}
+    row = changed_task(tx, task, REQUEUE, reason=reason, attempt_number=attempt_number, available_at=available_at,
+                       next_at=next_step_at(ahead, setting(tx, "queue.age_every")), recovered=recovered, died=int(died),
+                       error=ending.get("error"), exit_status=ending.get("exit_status"), attempt_id=task["attempt_id"],
+                       execution_ms=execution_ms(task, tx.now))  # fmt: skip
+    tx.total("tasks_recovered", recovered)
+    follow(tx, row)
+    return row
+
+
+def execution_ms(task: Row, now: int) -> int | None:
+    """How long the attempt has run that ends now, or else the last one did."""
+    return max(0, now - task["started_at"]) if task["status"] == "running" else task["execution_time_ms"]
+
+
+def finish(tx: Tx, task: Row, status: str, reason: str | None, ending: Row, cause: str | None = None) -> Row:
+    """End a task for good, with all that hangs on it: missed steps, intent, outcome, rescue, dependants.
+
+    `cause` is the rescue by whose own command it ends, which then goes on."""
+    task = take_due_steps(tx, task, setting(tx, "queue.age_every"), ending=True)
+    result = ending.get("result")
+    row = changed_task(tx, task, FINISH, status=status, reason=reason, result=None if result is None else to_json(result),
+                       error=ending.get("error"), exit_status=ending.get("exit_status"), was=task["status"],
+                       sla_met=sla_verdict(status, task["sla_deadline"], task["escalation_level"], tx.now),
+                       execution_ms=execution_ms(task, tx.now), attempt_id=task["attempt_id"] or "")  # fmt: skip
+    add_totals(tx, row)
+    end_rescue_of(tx, row, cause)
+    if row["task_type"] != "rescue":
+        record_outcome(tx, row)
+        if follow_final(tx, row):
+            settle_dependants(tx, row)
+    return row
+
+
+def end_rescue_of(tx: Tx, task: Row, cause: str | None) -> None:
+    if task["escalation_level"] < 3:
+        return
+    rescue = tx.one(RESCUE_OF, id=task["task_id"])
+    if rescue is None:
+        return
+    if task["status"] == "completed":
+        tx.total("tasks_rescued")
+    if rescue["status"] not in FINAL and rescue["task_id"] != cause:
+        finish(tx, rescue, "cancelled", "original_finished", {})
+
+
+def settle_dependants(tx: Tx, task: Row) -> None:
+    """Free the tasks that waited for this intent, or cancel them when it did not complete."""
+    for waiting in tx.all(DEPENDANTS, intent_id=task["intent_id"]):
+        if task["status"] != "completed":
+            finish(tx, waiting, "cancelled", "dependency_failed", {"error": f"the intent {task['intent_id']} ended {task['status']}"})
+        elif not tx.value(WAITS_STILL, task_id=waiting["task_id"]):
+            ahead = {**waiting, "status": "queued"}
+            changed_task(tx, waiting, UNBLOCK, next_at=next_step_at(ahead, setting(tx, "queue.age_every")))
+
+
+def cancel(tx: Tx, task: Row, reason: str = "cancelled", cause: str | None = None) -> Row:
+    """End an open task as cancelled. Its process, if any, is ended by whoever runs it, and until then owns the attempt."""
+    if task["status"] in FINAL:
+        raise ConflictError(f"the task {task['task_id']} has ended already ({task['status']})")
+    close_unseen_attempt(tx, task, "cancelled")
+    return finish(tx, task, "cancelled", reason, {}, cause)
+
+
+def close_unseen_attempt(tx: Tx, task: Row, outcome: str) -> None:
+    """An external worker's attempt ends with its task: there is no process of ours to wait for."""
+    attempt = tx.one(OPEN_ATTEMPT, id=task["task_id"])
+    if attempt and attempt["lease_ms"] is not None:
+        end_attempt_row(tx, attempt["attempt_id"], {"outcome": outcome})
+
+
+def retry(tx: Tx, task: Row, cause: str | None = None) -> Row:
+    """A new task in place of this one, with a new SLA window; an open original is ended by it."""
+    intent = tx.one(GET_INTENT, id=task["intent_id"])
+    if task["task_type"] == "rescue" or intent is None:
+        raise ConflictError(f"{task['task_id']} is a rescue, which is not retried", f"retry what it rescues: grace task retry {task['parent_task_id']}")
+    if intent["htm_task_id"] != task["task_id"]:
+        raise ConflictError(f"{task['task_id']} was replaced already", f"its intent's current task is {intent['htm_task_id']}")
+    if task["status"] == "completed":
+        raise ConflictError(f"the task {task['task_id']} has completed", "submit the goal again to do it once more")
+    if task["handler"] is None:
+        raise ConflictError("a command of `grace run` lives in its own process and cannot be retried here", "run it again with: grace run … -- CMD")
+    handler = find_handler(tx, task["handler"])
+    row = task_row(tx, task_id=new_id("task", tx.now), intent_id=task["intent_id"], retry_of=task["task_id"], task_type=task["task_type"],
+                   domain=task["domain"], handler=task["handler"], goal=task["goal"], payload="", priority=intent["priority"],
+                   sla_ms=intent["sla_ms"], warn_at=handler["warn_at"], critical_at=handler["critical_at"],
+                   timeout_ms=task["timeout_ms"], max_attempts=task["max_attempts"])  # fmt: skip
+    row["payload"] = payload_of(intent, row)
+    insert_tasks(tx, [row])
+    tx.run(DISPATCH_AGAIN, intent_id=task["intent_id"], task_id=row["task_id"], now=tx.now)
+    if task["status"] not in FINAL:
+        cancel(tx, task, "rescued" if cause else "retried", cause)
+    return get_task(tx, row["task_id"])
+
+
+def own_attempt(tx: Tx, task_id: str, worker: str | None, attempt_id: str | None) -> Row:
+    """The running task, if this worker (and attempt, where named) owns it; ConflictError otherwise."""
+    task = get_task(tx, task_id)
+    if task["status"] != "running" or (worker is not None and task["assigned_worker"] != worker) or \
+            (attempt_id is not None and task["attempt_id"] != attempt_id):  # fmt: skip
+        owner = f"is owned by {task['assigned_worker']}" if task["attempt_id"] else f"is {task['status']}"
+        raise ConflictError(f"the task {task_id} {owner}: this worker does not own that attempt any more", "claim the next task")
+    return task
+
+
+def heartbeat(tx: Tx, task_id: str, worker: str, attempt_id: str | None) -> int | None:
+    """Renew an external worker's lease; the instant at which it runs out now."""
+    task = own_attempt(tx, task_id, worker, attempt_id)
+    row = tx.one(RENEW_LEASE, attempt_id=task["attempt_id"], now=tx.now)
+    return row["lease_expires_at"] if row else None
+
+
+def progress(tx: Tx, task_id: str, worker: str | None, attempt_id: str | None, done: float, total: float, note: str | None) -> None:
+    own_attempt(tx, task_id, worker, attempt_id)
+    tx.run(SET_PROGRESS, task_id=task_id, progress=to_json({"done": done, "total": total, "note": note, "at": format_instant(tx.now)}))
+
+
+def rescue_for(reader: Reader, task_id: str, worker: str | None, attempt_id: str | None, rescue_id: str | None) -> str | None:
+    """The open rescue of this task in whose name the caller speaks: by its attempt, its own id, or its worker."""
+    rescue = reader.one(RESCUE_OF, id=task_id)
+    if rescue is None or rescue["status"] not in ("assigned", "running"):
+        return None
+    speaks: bool = attempt_id == rescue["attempt_id"] or rescue_id == rescue["task_id"] or (worker is not None and worker == rescue["assigned_worker"])
+    return str(rescue["task_id"]) if speaks else None
+
+
+def complete_by_command(tx: Tx, task_id: str, worker: str, attempt_id: str | None, rescue_id: str | None, ending: Row) -> Row:
+    """An external worker's end of its attempt; or a rescue's command that the original is done."""
+    task = get_task(tx, task_id)
+    cause = rescue_for(tx, task_id, None if task["assigned_worker"] == worker else worker, attempt_id, rescue_id)
+    if cause is None:
+        task = own_attempt(tx, task_id, worker, attempt_id)
+        return end_attempt(tx, task_id, task["attempt_id"], ending)
+    if task["status"] in FINAL:
+        raise ConflictError(f"the task {task_id} has ended already ({task['status']})")
+    return finish(tx, reach_running(tx, task, worker), ending["outcome"], "rescued", ending, cause)
+
+
+def reach_running(tx: Tx, task: Row, worker: str) -> Row:
+    """Lead an open task to `running` by legal steps, in the hands of the rescue that is about to end it."""
+    if task["status"] == "blocked":
+        task = changed_task(tx, task, UNBLOCK, next_at=None)
+    if task["status"] == "queued":
+        task = changed_task(tx, task, WAKE, next_at=None)
+        taken = take(tx, task["task_id"], worker)
+        assert taken is not None  # queued and available in this very transaction
+        end_attempt_row(tx, taken["attempt_id"], {"outcome": "rescued"})
+        task = taken
+    else:
+        close_unseen_attempt(tx, task, "rescued")
+    return changed_task(tx, task, START, attempt_id=task["attempt_id"]) if task["status"] == "assigned" else task
+
+
+def recover(tx: Tx, attempt: Row, rebooted: bool = False) -> Row:
+    """The worker of this attempt is gone, and so are its processes: back to the queue, or the end of it."""
+    task = get_task(tx, attempt["task_id"])
+    end_attempt_row(tx, attempt["attempt_id"], {"outcome": "lost", "ended_by": "recovery", "error": "its worker died"})
+    if task["attempt_id"] != attempt["attempt_id"]:
+        return task
+    if task["task_type"] == "command":
+        return finish(tx, task, "failed", "runner_died", {"error": "the process of `grace run` died"})
+    died = task["status"] == "running" and not rebooted
+    limit = (tx.one(GET_HANDLER, name=task["handler"]) or HANDLER_DEFAULTS)["max_recoveries"]
+    if died and task["deaths"] >= limit:
+        return finish(tx, task, "failed", "poison", {"error": f"its worker died {task['deaths'] + 1} times while it ran"})
+    return requeue(tx, task, "recovered", {"error": "its worker died"}, task["attempt_number"] - 1, died=died)
+
+
+def recover_expired(tx: Tx) -> int:
+    """External leases that have run out go back to the queue; how many."""
+    expired = tx.all(EXPIRED_LEASES, now=tx.now, n=SWEEP_BATCH)
+    for attempt in expired:
+        recover(tx, attempt)
+    return len(expired)
+
+
+SUSPECTS = "SELECT * FROM bridge_suspects ORDER BY seq LIMIT 200"
+TASK_FOR_INTENT = """SELECT * FROM htm_tasks WHERE intent_id = :id AND task_type <> 'rescue' ORDER BY seq DESC LIMIT 1"""
+INTENT_FOR_TASK = "SELECT * FROM intent_records WHERE htm_task_id = :id"
+LINK_TASK = "UPDATE htm_tasks SET intent_id = :intent_id WHERE task_id = :task_id"
+LINK_INTENT = "UPDATE intent_records SET htm_task_id = :task_id WHERE intent_id = :intent_id"
+RECREATE_INTENT = """INSERT INTO intent_records (intent_id, htm_task_id, goal, expected_outcome, domain, handler, priority, status, sla_ms,
+    sla_met, success, confidence, risk_level, context, result, created_at, dispatched_at, completed_at, actual_execution_ms,
+    created_by, learned_from)
+  VALUES (:intent_id, :task_id, :goal, :expected_outcome, :domain, :handler, :priority, :status, :sla_ms, :sla_met, :success,
+    :confidence, :risk_level, :context, :result, :created_at, :created_at, :finished_at, :execution_ms, :created_by, :learned)"""
+DISPATCH_ORPHAN = "UPDATE intent_records SET status = 'dispatched', htm_task_id = :task_id, dispatched_at = :now WHERE intent_id = :intent_id"
+ABANDON_INTENT = """UPDATE intent_records SET status = 'cancelled', completed_at = :now, success = 0 WHERE intent_id = :intent_id"""
+CATCH_UP = """UPDATE intent_records SET status = :status, completed_at = :finished_at, success = :success, sla_met = :sla_met,
+    result = :result, actual_execution_ms = :execution_ms, learned_from = 1 WHERE intent_id = :intent_id"""
+NOT_LEARNED = """SELECT t.* FROM intent_records i JOIN htm_tasks t ON t.task_id = i.htm_task_id
+  WHERE i.learned_from = 0 AND i.completed_at IS NOT NULL AND t.finished_at IS NOT NULL ORDER BY i.seq LIMIT 200"""
+
+
+def repair(tx: Tx) -> int:
+    """Mend the links between intents and tasks that somebody has broken; the number mended, each with an event."""
+    suspects = tx.all(SUSPECTS)
+    mended = 0
+    for suspect in suspects:
+        done = [mend_task(tx, suspect["task_id"]) if suspect["task_id"] else None,
+                mend_intent(tx, suspect["intent_id"]) if suspect["intent_id"] else None]  # fmt: skip
+        mended += len([emit_repair(tx, what, suspect) for what in done if what])
+        tx.run("DELETE FROM bridge_suspects WHERE seq = :seq", seq=suspect["seq"])
+    for task in tx.all(NOT_LEARNED):
+        record_outcome(tx, task)
+        tx.run("UPDATE intent_records SET learned_from = 1 WHERE intent_id = :id", id=task["intent_id"])
+    return mended
+
+
+def emit_repair(tx: Tx, what: str, suspect: Row) -> str:
+    emit(tx, "bridge.repaired", suspect["intent_id"] or suspect["task_id"],
+         {"task_id": suspect["task_id"], "intent_id": suspect["intent_id"], "repair": what})  # fmt: skip
+    return what
+
+
+def mend_task(tx: Tx, task_id: str) -> str | None:
+    """A task whose intent is gone or not named gets it back, or a new one made from its payload."""
+    task = tx.one(GET_TASK, id=task_id)
+    if task is None or (task["intent_id"] and tx.one(GET_INTENT, id=task["intent_id"])):
+        return None
+    named = tx.one(INTENT_FOR_TASK, id=task_id)
+    if named:
+        tx.run(LINK_TASK, task_id=task_id, intent_id=named["intent_id"])
+        return "task_relinked"
+    if task["task_type"] == "rescue":
+        parent = tx.one(GET_TASK, id=task["parent_task_id"])
+        if parent and parent["intent_id"]:
+            tx.run(LINK_TASK, task_id=task_id, intent_id=parent["intent_id"])
+        return "rescue_relinked" if parent else None
+    payload = json.loads(task["payload"])
+    known = payload if isinstance(payload, dict) else {}
+    intent_id = task["intent_id"] or known.get("intent_id") or new_id("int", tx.now)
+    tx.run(RECREATE_INTENT, intent_id=intent_id, task_id=task_id, goal=task["goal"], expected_outcome=known.get("expected_outcome"),
+           domain=task["domain"], handler=task["handler"], priority=task["priority"],
+           status=INTENT_OF_TASK.get(task["status"], task["status"]), sla_ms=task["sla_ms"], sla_met=task["sla_met"],
+           success=None if task["finished_at"] is None else int(task["status"] == "completed"), confidence=known.get("confidence"),
+           risk_level=known.get("risk_level"), context=to_json(known.get("context", {})), result=task["result"],
+           created_at=task["created_at"], finished_at=task["finished_at"], execution_ms=task["execution_time_ms"],
+           created_by=known.get("created_by") or "bridge", learned=int(task["finished_at"] is not None))  # fmt: skip
+    tx.run(LINK_TASK, task_id=task_id, intent_id=intent_id)
+    return "intent_recreated"
+
+
+def mend_intent(tx: Tx, intent_id: str) -> str | None:
+    """An intent whose current task is gone or not named gets it back, or a new one, or is given up."""
+    intent = tx.one(GET_INTENT, id=intent_id)
+    if intent is None:
+        orphan = tx.one(TASK_FOR_INTENT, id=intent_id)
+        return mend_task(tx, orphan["task_id"]) if orphan else None
+    if intent["htm_task_id"] and tx.one(GET_TASK, id=intent["htm_task_id"]):
+        return None
+    task = tx.one(TASK_FOR_INTENT, id=intent_id)
+    if task:
+        tx.run(LINK_INTENT, intent_id=intent_id, task_id=task["task_id"])
+        catch_up(tx, intent, task)
+        return "intent_relinked"
+    if intent["status"] in FINAL:
+        tx.run(LINK_INTENT, intent_id=intent_id, task_id=None)
+        return "link_cleared" if intent["htm_task_id"] else None
+    handler = tx.one(GET_HANDLER, name=intent["handler"] or intent["domain"])
+    if handler is None:
+        tx.run(ABANDON_INTENT, intent_id=intent_id, now=tx.now)
+        emit(tx, "agentic.intent.cancelled", intent_id, {"intent_id": intent_id, "task_id": None, "goal": intent["goal"],
+                                                         "status": "cancelled", "reason": "no_handler"})  # fmt: skip
+        return "intent_given_up"
+    row = task_row(tx, task_id=new_id("task", tx.now), intent_id=intent_id, task_type=handler["name"], domain=intent["domain"],
+                   handler=handler["name"], goal=intent["goal"], payload="", priority=intent["priority"], sla_ms=intent["sla_ms"],
+                   warn_at=handler["warn_at"], critical_at=handler["critical_at"], timeout_ms=handler["timeout_ms"],
+                   max_attempts=handler["max_attempts"])  # fmt: skip
+    row["payload"] = payload_of(intent, row)
+    insert_tasks(tx, [row])
+    tx.run(DISPATCH_ORPHAN, intent_id=intent_id, task_id=row["task_id"], now=tx.now)
+    return "intent_dispatched"
+
+
+def catch_up(tx: Tx, intent: Row, task: Row) -> None:
+    """Bring a relinked intent to where its task is."""
+    if intent["status"] == "created":
+        tx.run(DISPATCH_ORPHAN, intent_id=intent["intent_id"], task_id=task["task_id"], now=tx.now)
+    if task["finished_at"] is not None and intent["completed_at"] is None:
+        tx.run(CATCH_UP, intent_id=intent["intent_id"], status=task["status"], finished_at=task["finished_at"],
+               success=int(task["status"] == "completed"), sla_met=task["sla_met"], result=task["result"],
+               execution_ms=task["execution_time_ms"])  # fmt: skip
+    elif task["finished_at"] is None and intent["completed_at"] is None and intent["status"] != INTENT_OF_TASK[task["status"]]:
+        tx.run(FOLLOW_OPEN, intent_id=intent["intent_id"], task_id=task["task_id"], status=INTENT_OF_TASK[task["status"]])
+
+
+# =====================================================================================================================
+# processes
+# Running other programs: each attempt is a session of its own with one pipe for its output, which a log keeps capped.
+# A process is only ever signalled when it carries the attempt's token in its environment or is in the attempt's own
+# group. Linux tells the rest through /proc; elsewhere survivors of a dead daemon cannot be found.
+
+MARKER = "\n[grace: {:015d} bytes dropped here]\n"
+MARKER_LENGTH = len(MARKER.format(0))
+PIPE_CHUNK = 1 << 16
+
+
+class SpawnError(Exception):
+    """A program could not be started: why, and the exit status a shell would give (126 cannot run, 127 not found)."""
+
+    def __init__(self, message: str, exit_status: int, retry: bool = True):
+        super().__init__(message)
+        self.exit_status, self.retry = exit_status, retry
+
+
+def boot_id() -> str:
+    """Which boot of this machine this is."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return "unknown"
+
+
+def stat_fields(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the state on (proc_pid_stat(5), field 3 and up); empty when it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def start_ticks(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot."""
+    fields = stat_fields(pid)
+    return int(fields[19]) if fields else None
+
+
+def all_pids() -> list[int]:
+    try:
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    except OSError:
+        return []
+
+
+def processes_of(tokens: Iterable[str], group: int | None = None) -> list[int]:
+    """The living processes that carry one of these tokens in their environment, or belong to the group."""
+    marks = [f"GRACE_TOKEN={token}".encode() for token in tokens]
+    found = []
+    for pid in all_pids():
+        if pid == os.getpid():
+            continue
+        fields = stat_fields(pid)
+        if not fields or fields[0] in "ZX":
+            continue
+        if (group is not None and int(fields[2]) == group) or carries(pid, marks):
+            found.append(pid)
+    return found
+
+
+def carries(pid: int, marks: list[bytes]) -> bool:
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            variables = file.read().split(b"\0")
+    except OSError:
+        return False
+    return any(mark in variables for mark in marks)
+
+
+def send(pid: int, signum: int, group: bool = False) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        (os.killpg if group else os.kill)(pid, signum)
+
+
+class Victims:
+    """Processes on their way out: TERM now, KILL once their time is over. `done` when none is left."""
+
+    def __init__(self, pids: list[int], kill_after_ms: int):
+        self.left = {pid: start_ticks(pid) for pid in pids}
+        self.kill_at = time.monotonic() + kill_after_ms / 1000
+        self.killed = False
+        self._signal(signal.SIGTERM)
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, signum: int) -> None:
+        for pid in self.left:
+            send(pid, signum)
+
+    def step(self) -> bool:
+        """Look again; whether all are gone."""
+        self.left = {pid: ticks for pid, ticks in self.left.items() if start_ticks(pid) == ticks and stat_fields(pid)[:1] not in (["Z"], ["X"])}
+        if self.left and not self.killed and time.monotonic() >= self.kill_at:
+            self.killed = True
+            self._signal(signal.SIGKILL)
+        return not self.left
+
+    def watch(self) -> list[int]:
+        """Descriptors that become readable when one of them ends; the caller closes them."""
+        if not hasattr(os, "pidfd_open"):
+            return []
+        descriptors = []
+        for pid in self.left:
+            with contextlib.suppress(OSError):
+                descriptors.append(os.pidfd_open(pid))
+        return descriptors
+
+
+def attempt_path(store_path: str, attempt_id: str, kind: str) -> str:
+    """Where an attempt's log or result lies: a folder for each few hours, so that none grows without bound."""
+    return f"{store_path}-logs/{attempt_id[:8]}/{attempt_id}.{kind}"
+
+
+class Log:
+    """One attempt's output: the first and the last half of `limit` bytes, and between them how many were dropped.
+
+    A disk without room costs output, never the attempt."""
+
+    def __init__(self, path: str, limit: int):
+        self.path, self.head, self.tail = path, limit // 2, limit - limit // 2
+        self.total = self.lost = self.size = self.cut = 0
+        self.last = b""
+        self._fd = -1
+
+    def write(self, data: bytes) -> None:
+        self.total += len(data)
+        self.last = (self.last + data)[-400:]
+        try:
+            if self._fd < 0:
+                os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+                self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            written = os.write(self._fd, data)
+            self.size += written
+            self.lost += len(data) - written
+            if self.size > self.head + MARKER_LENGTH + 2 * self.tail:
+                self._shorten()
+        except OSError:
+            self.lost += len(data)
+
+    def _shorten(self) -> None:
+        """Drop the middle: the file is rewritten in place, which needs no room."""
+        end = os.pread(self._fd, self.tail, self.size - self.tail)
+        self.cut += self.size - self.head - self.tail - (MARKER_LENGTH if self.cut else 0)
+        os.ftruncate(self._fd, self.head)
+        os.write(self._fd, MARKER.format(self.dropped).encode() + end)
+        self.size = self.head + MARKER_LENGTH + self.tail
+
+    @property
+    def dropped(self) -> int:
+        return self.cut + self.lost
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                if self.size > self.head + self.tail + MARKER_LENGTH:
+                    self._shorten()
+            os.close(self._fd)
+            self._fd = -1
+
+    def state(self) -> Row:
+        return {name: getattr(self, name) for name in ("total", "lost", "size", "cut")}
+
+    def restore(self, state: Row) -> None:
+        """Go on where an earlier image of this process stopped."""
+        self.__dict__.update(state)
+
+
+class Child:
+    """One running attempt: its process group, its pipes and its log, and why it is being ended, if it is."""
+
+    def __init__(self, task: Row, handler: Row, log: Log):
+        self.task, self.log = task, log
+        self.task_id, self.attempt_id, self.token = task["task_id"], task["attempt_id"], task["token"]
+        self.kill_after_ms = handler["kill_after_ms"]
+        self.pid, self.ticks, self.exit_status = 0, None, None  # type: tuple[int, int | None, int | None]
+        self.pipes: dict[int, int] = {}  # our end -> where else its bytes go (a descriptor, or -1)
+        self.timeout_at = float("inf")
+        self.kill_at = float("inf")
+        self.why: str | None = None  # timeout, cancelled, interrupted, rescued
+        self.ended_by = "exit"
+        self.victims: Victims | None = None
+        self.extra = False  # does not count against the slots
+        self.marked = False  # recorded as running
+
+    def facts(self) -> Row:
+        """What must survive when the daemon executes itself anew."""
+        plain = ("pid", "ticks", "timeout_at", "kill_at", "why", "ended_by", "extra", "marked", "kill_after_ms")
+        return {"task": {k: self.task[k] for k in ("task_id", "attempt_id", "token", "handler", "timeout_ms")}, "log": self.log.state(),
+                "pipes": list(self.pipes), **{name: getattr(self, name) for name in plain}}  # fmt: skip
+
+
+def fill_argv(argv: list[str], payload: Row) -> list[str]:
+    """The command with {goal}, {task_id} or {context.key} replaced where an item is exactly that; never through a shell."""
+    return [filled(item, payload) if re.fullmatch(r"\{[A-Za-z0-9_.-]+\}", item) else item for item in argv]
+
+
+def filled(item: str, payload: Row) -> str:
+    value: Any = payload
+    for key in item[1:-1].split("."):
+        if not isinstance(value, dict) or key not in value:
+            raise SpawnError(f"the payload has no {item[1:-1]!r}, which the handler's command asks for", 125, retry=False)
+        value = value[key]
+    return value if isinstance(value, str) else to_json(value)
+
+
+def find_program(name: str, path: str) -> str:
+    """The file to execute; SpawnError with 127 or 126 when there is none or it may not be run."""
+    candidates = [name] if "/" in name else [os.path.join(folder or ".", name) for folder in path.split(":")]
+    existing = [candidate for candidate in candidates if os.path.isfile(candidate)]
+    for candidate in existing:
+        if os.access(candidate, os.X_OK):
+            return candidate
+    if existing or ("/" in name and os.path.exists(name)):
+        raise SpawnError(f"{name!r} may not be executed", 126)
+    raise SpawnError(f"{name!r} was not found", 127)
+
+
+def payload_file(text: str) -> int:
+    """A descriptor to read the payload from, without a name in any directory."""
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("grace-payload")
+    else:
+        import tempfile
+
+        with tempfile.TemporaryFile() as file:
+            fd = os.dup(file.fileno())
+    data = text.encode()
+    while data:
+        data = data[os.write(fd, data) :]
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+class Supervisor:
+    """The running attempts of this process, and one selector for all that may wake it: pipes, signals, the bell."""
+
+    def __init__(self, store: Store, worker: str):
+        import selectors
+
+        self.store, self.worker = store, worker
+        self.children: dict[int, Child] = {}
+        self.signals: list[int] = []
+        self.selector = selectors.DefaultSelector()
+        self.environment = {key: value for key, value in os.environ.items() if not key.startswith("GRACE_")}
+        self.log_limit = setting(store, "log.max_bytes")
+        self._read_end, self._write_end = os.pipe()
+        for fd in (self._read_end, self._write_end):
+            os.set_blocking(fd, False)
+        signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        self.selector.register(self._read_end, selectors.EVENT_READ, self._hear)
+        for signum in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(signum, self._on_signal)
+        self._watched: list[int] = []
+
+    def _on_signal(self, signum: int, frame: Any) -> None:
+        if signum != signal.SIGCHLD:
+            self.signals.append(signum)
+
+    def _hear(self, fd: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(fd, 4096)
+
+    def watch(self, fileobj: Any, react: Callable[[int], Any]) -> None:
+        self.selector.register(fileobj, 1, react)  # 1: selectors.EVENT_READ
+
+    def spawn(self, task: Row, handler: Row, foreground: list[str] | None = None) -> Child:
+        """Start an attempt whose row is committed. `foreground`: a command that shares our input and output."""
+        child = Child(task, handler, Log(attempt_path(self.store.path, task["attempt_id"], "log"), self.log_limit))
+        result = attempt_path(self.store.path, task["attempt_id"], "result")
+        payload = {**json.loads(task["payload"]), "attempt": task["attempt_number"], "attempt_id": task["attempt_id"],
+                   "sla_deadline": format_instant(task["sla_deadline"])}  # fmt: skip
+        payload.update(task.get("payload_facts", {}))
+        argv = foreground or fill_argv(json.loads(handler["argv"]), payload)
+        environment = {**self.environment, **({} if foreground else json.loads(handler["env"])), **{
+            "GRACE_TASK_ID": task["task_id"], "GRACE_INTENT_ID": task["intent_id"] or "", "GRACE_ATTEMPT": str(task["attempt_number"]),
+            "GRACE_ATTEMPT_ID": task["attempt_id"], "GRACE_DEADLINE": payload["sla_deadline"] or "", "GRACE_DB": self.store.path,
+            "GRACE_RESULT": result, "GRACE_TOKEN": task["token"], "GRACE_WORKER": self.worker}}  # fmt: skip
+        try:
+            os.makedirs(os.path.dirname(result), mode=0o700, exist_ok=True)
+            if not foreground:
+                os.chdir(handler["cwd"] or "/")
+        except OSError as error:
+            raise SpawnError(f"cannot use the directory {error.filename}: {error.strerror}", 126) from error
+        program = find_program(argv[0], environment.get("PATH", os.defpath))
+        self._start(child, program, argv, environment, None if foreground else to_json(payload))
+        if task["timeout_ms"]:
+            child.timeout_at = time.monotonic() + task["timeout_ms"] / 1000
+        return child
+
+    def _start(self, child: Child, program: str, argv: list[str], environment: dict[str, str], payload: str | None) -> None:
+        """One pipe for a handler's output, two for a foreground command's; all our ends are closed on exec."""
+        ends = [os.pipe() for _ in range(1 if payload is not None else 2)]
+        source = payload_file(payload) if payload is not None else -1
+        actions = [(os.POSIX_SPAWN_DUP2, source, 0)] if payload is not None else []
+        actions += [(os.POSIX_SPAWN_DUP2, ends[0][1], 1), (os.POSIX_SPAWN_DUP2, ends[-1][1], 2)]
+        terminal = payload is None and os.isatty(0)
+        own = {"setpgroup": 0} if terminal else {"setsid": True}
+        try:
+            child.pid = os.posix_spawn(program, argv, environment, file_actions=actions, setsigmask=[],
+                                       setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGHUP], **own)  # type: ignore[arg-type]  # fmt: skip
+        except (OSError, ValueError) as error:
+            for read_end, _ in ends:
+                os.close(read_end)
+            why = "has no #! line and is no program" if getattr(error, "errno", 0) == errno.ENOEXEC else str(error)
+            raise SpawnError(f"{argv[0]!r} cannot be executed: {why}", 126) from error
+        finally:
+            for fd in [source, *(write_end for _, write_end in ends)]:
+                if fd >= 0:
+                    os.close(fd)
+        if terminal:
+            give_terminal(child.pid)
+        child.ticks = start_ticks(child.pid)
+        for number, (read_end, _) in enumerate(ends, 1):
+            self._adopt_pipe(child, read_end, number if payload is None else -1)
+        self.children[child.pid] = child
+
+    def _adopt_pipe(self, child: Child, fd: int, copy_to: int) -> None:
+        os.set_blocking(fd, False)
+        child.pipes[fd] = copy_to
+        self.watch(fd, lambda fd: self._read(child, fd))
+
+    def adopt(self, facts: Row, handler: Row) -> None:
+        """Take back a child that an earlier image of this process has started."""
+        log = Log(attempt_path(self.store.path, facts["task"]["attempt_id"], "log"), self.log_limit)
+        log.restore(facts["log"])
+        child = Child(facts["task"], handler, log)
+        for name in ("pid", "ticks", "timeout_at", "kill_at", "why", "ended_by", "extra", "marked", "kill_after_ms"):
+            setattr(child, name, facts[name])
+        for fd in facts["pipes"]:
+            os.set_inheritable(fd, False)
+            self._adopt_pipe(child, fd, -1)
+        self.children[child.pid] = child
+
+    def _read(self, child: Child, fd: int) -> bool:
+        """Move what a pipe holds into the log; whether there may be more."""
+        try:
+            data = os.read(fd, PIPE_CHUNK)
+        except BlockingIOError:
+            return False
+        if not data:
+            self._close_pipe(child, fd)
+            return False
+        child.log.write(data)
+        if child.pipes[fd] >= 0 and not copy_out(child.pipes[fd], data):
+            self._close_pipe(child, fd)  # nobody reads our output: the command is to find that out too
+            return False
+        return True
+
+    def _close_pipe(self, child: Child, fd: int) -> None:
+        self.selector.unregister(fd)
+        os.close(fd)
+        del child.pipes[fd]
+
+    def stop(self, child: Child, why: str, at_once: bool = False) -> None:
+        """Begin to end an attempt: TERM to its group, KILL when its time is over, or KILL at once."""
+        child.why = child.why or why
+        if child.exit_status is not None and child.victims is None:
+            return
+        if at_once:
+            child.kill_at = 0.0
+        elif child.ended_by == "exit":
+            child.ended_by = "TERM"
+            child.kill_at = time.monotonic() + child.kill_after_ms / 1000
+            send(child.pid, signal.SIGTERM, group=True)
+            send(child.pid, signal.SIGCONT, group=True)
+
+    def next_at(self) -> float:
+        """The monotonic instant at which an attempt has to be ended or killed."""
+        instants = [min(child.timeout_at if child.why is None else float("inf"), child.kill_at,
+                        child.victims.kill_at if child.victims and not child.victims.killed else float("inf"))
+                    for child in self.children.values()]  # fmt: skip
+        return min(instants, default=float("inf"))
+
+    def wait(self, seconds: float) -> None:
+        """Sleep until something happens, at most so long."""
+        for key, _ in self.selector.select(max(0.0, seconds)):
+            key.data(key.fd)
+
+    def ended(self) -> list[Child]:
+        """Step all attempts on; those that are over: process reaped, output read, survivors gone."""
+        now = time.monotonic()
+        for child in list(self.children.values()):
+            if now >= child.timeout_at and child.why is None and child.exit_status is None:
+                self.stop(child, "timeout")
+            if now >= child.kill_at and child.exit_status is None:
+                child.kill_at, child.ended_by = float("inf"), "KILL"
+                send(child.pid, signal.SIGKILL, group=True)
+        self._reap()
+        self._unwatch()
+        over = [child for child in self.children.values() if child.exit_status is not None and self._survivors_gone(child)]
+        for child in over:
+            del self.children[child.pid]
+            child.log.close()
+        return over
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            child = self.children.get(pid)
+            if child is not None:
+                code = os.waitstatus_to_exitcode(status)
+                child.exit_status = code if code >= 0 else 128 - code
+                self._drain(child)
+                if child.why or child.exit_status:
+                    child.victims = Victims(processes_of([child.token], child.pid), child.kill_after_ms)
+
+    def _drain(self, child: Child) -> None:
+        """What the pipes still hold; a grandchild that keeps them open, or goes on writing, delays nothing."""
+        for fd in list(child.pipes):
+            for _ in range(64):
+                if fd not in child.pipes or not self._read(child, fd):
+                    break
+            if fd in child.pipes:
+                self._close_pipe(child, fd)
+
+    def _survivors_gone(self, child: Child) -> bool:
+        if child.victims is None:
+            return True
+        if child.kill_at <= time.monotonic():
+            child.victims.kill_at = 0.0
+        if child.victims.step():
+            return True
+        if child.victims.killed:
+            child.ended_by = "KILL"
+        self.watch_victims(child.victims)
+        return False
+
+    def watch_victims(self, victims: Victims) -> None:
+        for fd in victims.watch():
+            self._watched.append(fd)
+            self.watch(fd, lambda fd: None)
+
+    def _unwatch(self) -> None:
+        for fd in self._watched:
+            self.selector.unregister(fd)
+            os.close(fd)
+        self._watched.clear()
+
+    def close(self) -> None:
+        signal.set_wakeup_fd(-1)
+        self.selector.close()
+        for fd in (self._read_end, self._write_end):
+            os.close(fd)
+
+
+def copy_out(fd: int, data: bytes) -> bool:
+    """Pass a foreground command's output on; False when nobody reads it any more."""
+    try:
+        while data:
+            data = data[os.write(fd, data) :]
+    except BrokenPipeError:
+        return False
+    except OSError:
+        return True  # a full disk behind our output: the log still has it
+    return True
+
+
+def give_terminal(group: int) -> None:
+    """Make a process group the terminal's foreground, as a shell does, so that it may read and be interrupted."""
+    previous = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+    with contextlib.suppress(OSError):
+        os.tcsetpgrp(0, group)
+    signal.signal(signal.SIGTTOU, previous)
+
+
+def ending_of(child: Child, store_path: str) -> Row:
+    """What end_attempt() is told of a child that is over."""
+    ending: Row = {"ended_by": child.ended_by, "exit_status": child.exit_status, "log_bytes": child.log.total, "log_dropped": child.log.dropped}
+    if child.why == "timeout":
+        limit = format_duration(child.task["timeout_ms"])
+        return {**ending, "outcome": "timeout", "error": f"ended after --timeout {limit} by SIG{child.ended_by}"}
+    if child.why:
+        return {**ending, "outcome": child.why, "error": f"{child.why}, ended by SIG{child.ended_by}" if child.ended_by != "exit" else child.why}
+    if child.exit_status:
+        last = child.log.last.decode(errors="replace").strip().splitlines()
+        return {**ending, "outcome": "failed", "error": f"exit status {child.exit_status}" + (f": {last[-1][:200]}" if last else "")}
+    result, error = read_result(attempt_path(store_path, child.attempt_id, "result"))
+    return {**ending, "outcome": "completed", "result": result, "error": error}
+
+
+def read_result(path: str) -> tuple[Any, str | None]:
+    """What a handler has left at GRACE_RESULT, and what is wrong with it; an unusable file is left where it is."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            result = parse_json(file.read(MAX_JSON + 1))
+        return result, None
+    except FileNotFoundError:
+        return None, None
+    except (ValueError, OSError) as error:
+        return None, f"the result file {path} is not usable: {error}"
+
+
+def forget_result(store_path: str, attempt_id: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(attempt_path(store_path, attempt_id, "result"))
+
+
+def diagnose(pid: int | None, log_path: str) -> Row:
+    """What a process tree is doing: state, CPU seconds and open files of each process, and the last output."""
+    parents = {other: int(fields[1]) for other in all_pids() if (fields := stat_fields(other))}
+    tree = [pid] if pid in parents else []
+    for member in tree:
+        tree += [other for other, parent in parents.items() if parent == member]
+    return {"processes": [process_facts(member) for member in tree[:50]], "last_output": last_output(log_path)}
+
+
+def process_facts(pid: int | None) -> Row:
+    fields = stat_fields(pid or 0) or ["?"] * 20
+    tick = os.sysconf("SC_CLK_TCK")
+    cpu = (int(fields[11]) + int(fields[12])) / tick if fields[11] != "?" else None
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            command = file.read(400).replace(b"\0", b" ").decode(errors="replace").strip()
+        files = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")[:20]]
+    except OSError:
+        command, files = "", []
+    return {"pid": pid, "state": fields[0], "cpu_seconds": cpu, "command": command, "open_files": sorted(files)}
+
+
+def last_output(log_path: str) -> str:
+    try:
+        with open(log_path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 1000))
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+# =====================================================================================================================
+# daemon
+# One loop, in one thread: settle what has ended, take steps that are due, claim, start, sleep until the nearest instant
+# or a knock. A daemon is alive exactly while it holds the lock on its own file; whoever finds that lock free first ends
+# what is left of the dead one's attempts, and only then puts them back. `grace run` is the same with one command.
+
+PUT_WORKER = """INSERT INTO workers (worker_id, kind, pid, lock_path, boot_id, slots, state, started_at, heartbeat_at)
+  VALUES (:worker, :kind, :pid, :lock_path, :boot_id, :slots, :state, :now, :now)"""
+BEAT = "UPDATE workers SET heartbeat_at = :now, state = :state, slots = :slots WHERE worker_id = :worker"
+STOP_WORKER = "UPDATE workers SET state = 'stopped', stopped_at = :now WHERE worker_id = :worker AND stopped_at IS NULL"
+OTHER_WORKERS = "SELECT * FROM workers WHERE stopped_at IS NULL AND worker_id <> :worker"
+GET_WORKER = "SELECT * FROM workers WHERE worker_id = :worker"
+TAKEN_AWAY = """SELECT a.attempt_id, a.stop_requested, t.status FROM htm_task_attempts a JOIN htm_tasks t ON t.task_id = a.task_id
+  WHERE a.worker_id = :worker AND a.finished_at IS NULL
+    AND (a.stop_requested IS NOT NULL OR t.attempt_id IS NULL OR t.attempt_id <> a.attempt_id)"""
+BUSY = "SELECT COALESCE(SUM(n), 0) AS n FROM task_counts WHERE status IN ('assigned', 'running')"
+RESUME = "GRACE_RESUME"
+
+
+def own_command() -> list[str]:
+    """How to call this very program again."""
+    if __name__ == "__main__":
+        return [sys.executable, os.path.abspath(__file__)]
+    return [sys.executable, "-P", "-m", __name__]
+
+
+def notify_systemd(text: str) -> None:
+    """Tell the service manager (sd_notify(3)); nothing happens where there is none."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    import socket
+
+    with contextlib.suppress(OSError), contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as sender:
+        sender.sendto(text.encode(), "\0" + address[1:] if address.startswith("@") else address)
+
+
+def clocks() -> tuple[int, int, int]:
+    """Wall, monotonic, and boot clock (which goes on while the machine sleeps), in milliseconds."""
+    boot = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+    return clock(), time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1_000_000, time.clock_gettime_ns(boot) // 1_000_000
+
+
+def clock_jump(before: tuple[int, int, int], after: tuple[int, int, int]) -> tuple[int, int]:
+    """Between two readings of clocks(): how long the machine slept, and by how much the wall clock was set (ms)."""
+    wall, monotonic, boot = (b - a for a, b in zip(before, after, strict=True))
+    return boot - monotonic, wall - boot
+
+
+def is_alive(worker: Row) -> bool:
+    """Whether a worker still holds the lock on its file."""
+    lock = seize(worker)
+    if lock is None:
+        return True
+    if lock >= 0:
+        os.close(lock)
+    return False
+
+
+def seize(worker: Row) -> int | None:
+    """The lock of a dead worker, now ours; None while it lives, -1 when the file is gone and so is the process."""
+    try:
+        fd = os.open(worker["lock_path"], os.O_RDWR)
+    except OSError:
+        return None if worker["boot_id"] == boot_id() and "grace" in command_of(worker["pid"]) else -1
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return fd
+    except OSError:
+        os.close(fd)
+        return None
+
+
+def command_of(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+class Burial:
+    """A dead worker's last things: its processes are ended first, then its attempts go back, then it is struck off."""
+
+    def __init__(self, store: Store, worker: Row, lock: int):
+        self.store, self.worker, self.lock = store, worker, lock
+        self.rebooted = worker["boot_id"] != boot_id()
+        attempts = store.all(OPEN_ATTEMPTS, worker=worker["worker_id"])
+        pids = [] if self.rebooted or not attempts else processes_of([row["token"] for row in attempts])
+        self.victims = Victims(pids, max((self._kill_after(row) for row in attempts), default=0))
+
+    def _kill_after(self, attempt: Row) -> int:
+        task = get_task(self.store, attempt["task_id"])
+        return int((self.store.one(GET_HANDLER, name=task["handler"]) or HANDLER_DEFAULTS)["kill_after_ms"])
+
+    def step(self) -> bool:
+        """Whether it is over."""
+        if not self.victims.step():
+            return False
+        self.store.write(self._settle)
+        with contextlib.suppress(OSError):
+            os.unlink(self.worker["lock_path"])
+        if self.lock >= 0:
+            os.close(self.lock)
+        return True
+
+    def _settle(self, tx: Tx) -> None:
+        for attempt in tx.all(OPEN_ATTEMPTS, worker=self.worker["worker_id"]):
+            recover(tx, attempt, self.rebooted)
+        tx.run(STOP_WORKER, worker=self.worker["worker_id"], now=tx.now)
+        emit(tx, "daemon.stopped", self.worker["worker_id"], {"worker_id": self.worker["worker_id"], "kind": self.worker["kind"],
+                                                              "reason": "died", "pid": self.worker["pid"]})  # fmt: skip
+
+
+def find_dead(store: Store, own: str = "", kind: str | None = None) -> list[Burial]:
+    """A burial for each worker whose lock is free."""
+    found = []
+    for worker in store.all(OTHER_WORKERS, worker=own):
+        if kind is None or worker["kind"] == kind:
+            lock = seize(worker)
+            if lock is not None:
+                found.append(Burial(store, worker, lock))
+    return found
+
+
+def bury_runners(store: Store) -> None:
+    """End the tasks of foreground runs whose process died, for commands that show or use tasks without a daemon."""
+    import select
+
+    burials = find_dead(store, kind="runner")
+    while burials := [burial for burial in burials if not burial.step()]:
+        descriptors = [fd for burial in burials for fd in burial.victims.watch()]
+        select.select(descriptors, [], [], max(0.0, min(1.0, min(burial.victims.kill_at for burial in burials) - time.monotonic())))
+        for fd in descriptors:
+            os.close(fd)
+
+
+class Enlistment:
+    """A worker's place in the database and the lock that proves that it lives."""
+
+    def __init__(self, store: Store, kind: str, slots: int, resumed: Row | None = None, state: str = "running"):
+        self.store, self.kind = store, kind
+        if resumed:
+            self.worker, self.lock = resumed["worker"], resumed["lock"]
+            self.path = f"{store.path}-{self.worker}.lock"
+            os.set_inheritable(self.lock, False)
+            return
+        self.worker = new_id(kind, clock())
+        self.path = f"{store.path}-{self.worker}.lock"
+        try:
+            self.lock = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DatabaseError(f"cannot lock {self.path}: {error.strerror}", "check the permissions of the database's directory") from error
+        store.write(lambda tx: tx.run(PUT_WORKER, worker=self.worker, kind=kind, pid=os.getpid(), lock_path=self.path, boot_id=boot_id(),
+                                      slots=slots, state=state, now=tx.now), knock=False)  # fmt: skip
+
+    def discharge(self) -> None:
+        """Struck off in good order."""
+        self.store.write(lambda tx: tx.run(STOP_WORKER, worker=self.worker, now=tx.now))
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+        os.close(self.lock)
+
+
+def stuck_facts(store: Store, task_id: str) -> Row:
+    """For a rescuer: where the stuck task's log is and what its processes do."""
+    attempts = store.all(ATTEMPTS_OF, id=task_id)
+    if not attempts:
+        return {"log_path": None, "diagnosis": diagnose(None, "")}
+    path = attempt_path(store.path, attempts[-1]["attempt_id"], "log")
+    return {"log_path": path, "diagnosis": diagnose(attempts[-1]["pid"] if attempts[-1]["finished_at"] is None else None, path)}
+
+
+def perform_rescue(store: Store, rescue: Row, worker: str, only: Iterable[str] = ()) -> Row | None:
+    """Do one built-in rescue and record what it found and did; the original, taken, when it is to be run now."""
+    mine = store.write(lambda tx: begin_rescue(tx, rescue, worker))
+    if mine is None:
+        return None
+    stuck = get_task(store, rescue["parent_task_id"])
+    attempt = store.one(OPEN_ATTEMPT, id=stuck["task_id"])
+    state, facts = "none", {}
+    if attempt is not None:
+        owner = store.one(GET_WORKER, worker=attempt["worker_id"])
+        state = "external" if attempt["lease_ms"] else "alive" if attempt["worker_id"] == worker or (owner and is_alive(owner)) else "dead"
+        facts = {"diagnosis": diagnose(attempt["pid"], attempt_path(store.path, attempt["attempt_id"], "log"))} if state == "alive" else {}
+    served = not only or stuck["handler"] in set(only)
+    taken: Row | None = store.write(lambda tx: conclude_rescue(tx, mine, worker, state, facts, served))
+    return taken
+
+
+def begin_rescue(tx: Tx, rescue: Row, worker: str) -> Row | None:
+    taken = take(tx, rescue["task_id"], worker)
+    return start(tx, taken, os.getpid(), None, None) if taken else None
+
+
+def conclude_rescue(tx: Tx, rescue: Row, worker: str, state: str, facts: Row, served: bool) -> Row | None:
+    """Decide on the stuck task as it is now, act, and end the rescue with a result that says so."""
+    stuck = get_task(tx, rescue["parent_task_id"])
+    handler = tx.one(GET_HANDLER, name=stuck["handler"])
+    active = tx.value(OPEN_ATTEMPTS_OF_HANDLER, name=stuck["handler"])
+    found, plan = rescue_plan(stuck, handler, active, state, (handler or HANDLER_DEFAULTS)["on_critical"], served, tx.now)
+    taken, did = None, "recorded it"
+    if plan == "run":
+        if stuck["available_at"] is not None:
+            stuck = changed_task(tx, stuck, WAKE, next_at=tx.now)
+        taken = take(tx, stuck["task_id"], worker)
+        did = "started it at once in an extra slot"
+    elif plan == "recover":
+        did = "its processes are being ended, then it goes back to the queue"
+    elif plan == "retry":
+        tx.run(STOP_ATTEMPT, attempt_id=stuck["attempt_id"], why="rescued")
+        did = "asked its worker to end this attempt and start another"
+    result = {"stuck_task_id": stuck["task_id"], "found": found, "did": did, "action": plan, "stuck_status": stuck["status"], **facts}
+    if tx.one(GET_TASK, id=rescue["task_id"])["status"] == "running":  # type: ignore[index]
+        end_attempt(tx, rescue["task_id"], rescue["attempt_id"], {"outcome": "completed", "ended_by": "exit", "result": result})
+    return taken
+
+
+class Daemon:
+    """The supervisor of the queue: run() goes on until it is told to stop, or with `once` until nothing is runnable."""
+
+    def __init__(self, store: Store, slots: int, only: list[str], grace_ms: int, once: bool, drain: bool, say: Callable[[str, Row], None]):
+        resumed = resumed_state()
+        self.store, self.slots, self.only, self.grace_ms, self.once, self.drain = store, slots, only, grace_ms, once, drain
+        self.say = say
+        store.since = resumed["since"] if resumed else clock()
+        self.enlistment = Enlistment(store, "daemon", slots, resumed, "draining" if drain else "running")
+        self.worker = self.enlistment.worker
+        store.actor = self.worker
+        self.sup = Supervisor(store, self.worker)
+        self.bell = Bell(store)
+        self.sup.watch(self.bell, lambda fd: self.bell.answer())
+        self.ended: list[Child] = []
+        self.failed_starts: list[tuple[Row, SpawnError]] = []
+        self.burials: list[Burial] = []
+        self.stop_at: float | None = None  # when the grace period is over
+        self.look = True  # whether there may be something to claim or to mend
+        self.idle = False  # the last look found nothing to do
+        self.last_clocks = clocks()
+        self.beat_at = self.repair_at = self.check_at = 0.0
+        self.reload = self.outdated = False
+        self.busy_state = ""
+        watchdog = int(os.environ.get("WATCHDOG_USEC") or 0) if os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()) else 0
+        self.watchdog_every, self.watchdog_at = (watchdog / 2e6 if watchdog else float("inf")), 0.0
+        for facts in resumed["children"] if resumed else []:
+            self.sup.adopt(facts, {"kill_after_ms": facts["kill_after_ms"]})
+
+    def run(self) -> None:
+        self._announce()
+        while not self._over():
+            try:
+                self._turn()
+            except UpgradedError as error:
+                self._leave_to_newer(error)
+                raise
+            except DatabaseError as error:
+                self.say("trouble", {"message": error.message})
+                self.sup.wait(1.0)
+            except Exception as error:  # the loop must outlive a defect of its own; the fact becomes an event
+                self._confess(error)
+                self.sup.wait(1.0)
+        self._leave()
+
+    def _announce(self) -> None:
+        def begin(tx: Tx) -> int:
+            emit(tx, "daemon.started", self.worker, {"worker_id": self.worker, "pid": os.getpid(), "slots": self.slots, "version": __version__,
+                                                     "handlers": self.only or None, "children_kept": len(self.sup.children)})  # fmt: skip
+            emit(tx, "bridge.ready", self.worker, {"worker_id": self.worker, "repaired": (mended := repair(tx))})
+            return mended
+
+        self.store.write(begin)
+        notify_systemd(f"READY=1\nSTATUS={self.slots} slots\nMAINPID={os.getpid()}")
+        self.say("started", {"worker_id": self.worker, "slots": self.slots, "database": self.store.path})
+
+    def _turn(self) -> None:
+        """One round: hear, look after things, act, sleep."""
+        self._hear_signals()
+        self._watch_clocks()
+        self._keep_house()
+        self.ended += self.sup.ended()
+        if self.bell.rang():
+            self.look = True
+            self._heed_orders()
+        self._take_due_steps()
+        self.idle = not self._settle() and not self.burials
+        if self.reload:
+            self._execute_anew()
+        if not self._over():
+            self.sup.wait(self._sleep_for())
+
+    def _over(self) -> bool:
+        if self.sup.children or self.ended or self.failed_starts:
+            return False
+        if self.stop_at is not None:
+            return True
+        if self.drain:
+            return self.idle and not self.store.value(BUSY)
+        return self.once and self.idle and not self.look
+
+    def _hear_signals(self) -> None:
+        while self.sup.signals:
+            signum = self.sup.signals.pop(0)
+            if signum == signal.SIGHUP:
+                self.reload = True
+            elif self.stop_at is None:
+                self.stop_at = time.monotonic() + self.grace_ms / 1000
+                notify_systemd("STOPPING=1\nSTATUS=waiting for handlers to finish")
+                self.say("stopping", {"running": len(self.sup.children)})
+            else:
+                for child in self.sup.children.values():
+                    self.sup.stop(child, "interrupted", at_once=True)
+        if self.stop_at is not None and time.monotonic() >= self.stop_at:
+            for child in self.sup.children.values():
+                self.sup.stop(child, "interrupted")
+
+    def _watch_clocks(self) -> None:
+        """Notice sleep and steps of the clock: recorded once, leases moved along, the ladder looked at afresh."""
+        now = clocks()
+        asleep, step = clock_jump(self.last_clocks, now)
+        self.last_clocks = now
+        if asleep < SECOND and abs(step) < SECOND:
+            return
+
+        def record(tx: Tx) -> None:
+            tx.run(EXTEND_LEASES, by=asleep + step)
+            emit(tx, "daemon.suspended", self.worker, {"worker_id": self.worker, "asleep_ms": asleep, "clock_step_ms": step})
+
+        self.store.write(record)
+        self.look = True
+        self.say("clock", {"asleep_ms": asleep, "clock_step_ms": step})
+
+    def _keep_house(self) -> None:
+        now = time.monotonic()
+        if now >= self.watchdog_at:
+            notify_systemd("WATCHDOG=1")
+            self.watchdog_at = now + self.watchdog_every
+        if now >= self.check_at:
+            self.check_at = now + 1
+            known = {burial.worker["worker_id"] for burial in self.burials}
+            self.burials += [burial for burial in find_dead(self.store, self.worker) if burial.worker["worker_id"] not in known]
+        waiting = [burial for burial in self.burials if not burial.step()]
+        self.look = self.look or len(waiting) < len(self.burials)
+        self.burials = waiting
+        if now >= self.repair_at:
+            self.repair_at = now + setting(self.store, "bridge.repair_every") / 1000
+            if self.store.one(SUSPECTS) or self.store.one(NOT_LEARNED):
+                mended = self.store.write(repair)
+                self.look = True
+                self.say("repaired", {"links": mended})
+            sweep_doors(self.store)
+        if now >= self.beat_at:
+            self.beat_at = now + setting(self.store, "daemon.heartbeat_every") / 1000
+            self._beat()
+
+    def _beat(self) -> None:
+        state = "stopping" if self.stop_at is not None else "draining" if self.drain else "running"
+        self.store.write(lambda tx: tx.run(BEAT, worker=self.worker, now=tx.now, state=state, slots=self.slots), durable=False, knock=False)
+
+    def _heed_orders(self) -> None:
+        """End the attempts of ours that were cancelled, retried or are to be replaced."""
+        if not self.sup.children:
+            return
+        orders = {row["attempt_id"]: row["stop_requested"] or "cancelled" for row in self.store.all(TAKEN_AWAY, worker=self.worker)}
+        for child in self.sup.children.values():
+            if child.attempt_id in orders and child.why is None:
+                self.sup.stop(child, orders[child.attempt_id])
+
+    def _take_due_steps(self) -> None:
+        due = next_instant(self.store)
+        while due is not None and due <= clock():
+            self.store.write(lambda tx: (recover_expired(tx), sweep(tx)))
+            self.look = True
+            due = next_instant(self.store)
+        if self.drain or self.stop_at is not None:
+            return
+        for rescue in self.store.all(WAITING_RESCUES):
+            original = perform_rescue(self.store, rescue, self.worker, self.only)
+            self._heed_orders()
+            if original:
+                self._start(original, extra=True)
+
+    def _settle(self) -> bool:
+        """Record what has started and ended, claim for the free slots, start what was claimed; whether anything was done."""
+        free = 0 if self.drain or self.stop_at is not None else self.slots - sum(not child.extra for child in self.sup.children.values())
+        unmarked = [child for child in self.sup.children.values() if not child.marked]
+        if not (self.ended or self.failed_starts or unmarked or (free > 0 and self.look)):
+            return False
+        if not (self.ended or self.failed_starts or unmarked or self.store.one(RUNNABLE)):
+            self.look = False
+            return False
+        ended, failures = list(self.ended), list(self.failed_starts)
+        endings = [(child, ending_of(child, self.store.path)) for child in ended]
+        claimed, lost = self.store.write(lambda tx: self._record(tx, unmarked, endings, failures, free), durable=bool(ended or failures))
+        for child in unmarked + ended:
+            child.marked = True
+        for child in lost:
+            self.sup.stop(child, "cancelled")
+        del self.ended[: len(ended)], self.failed_starts[: len(failures)]
+        for child in ended:
+            forget_result(self.store.path, child.attempt_id)
+            self.say("ended", {"task_id": child.task_id, "attempt_id": child.attempt_id, "exit_status": child.exit_status, "why": child.why})
+        self.look = bool(ended or failures or len(claimed) == free)
+        for task in claimed:
+            self._start(task)
+        return True
+
+    def _record(self, tx: Tx, unmarked: list[Child], endings: list[tuple[Child, Row]], failures: list[tuple[Row, SpawnError]],
+                free: int) -> tuple[list[Row], list[Child]]:  # fmt: skip
+        lost = [child for child in unmarked if not self._mark(tx, child)]
+        for child, ending in endings:
+            if not child.marked:
+                self._mark(tx, child)
+            end_attempt(tx, child.task_id, child.attempt_id, ending)
+        for task, error in failures:
+            end_attempt(tx, task["task_id"], task["attempt_id"], {"outcome": "failed", "ended_by": "exit", "error": str(error),
+                                                                 "exit_status": error.exit_status, "retry": error.retry})  # fmt: skip
+        return (claim(tx, self.worker, min(free, CLAIM_BATCH), self.only) if free > 0 else []), lost
+
+    def _mark(self, tx: Tx, child: Child) -> bool:
+        """Record that the process runs; False when the task was taken away before."""
+        try:
+            start(tx, child.task, child.pid, child.ticks, boot_id())
+        except ConflictError:
+            return False
+        return True
+
+    def _start(self, task: Row, extra: bool = False) -> None:
+        handler = self.store.one(GET_HANDLER, name=task["handler"]) or {**HANDLER_DEFAULTS, "argv": "[]", "name": task["handler"]}
+        if task["task_type"] == "rescue":
+            context = json.loads(task["payload"])["context"]
+            task["payload_facts"] = {"context": {**context, **stuck_facts(self.store, task["parent_task_id"])}}
+        try:
+            if handler["argv"] in (None, "[]"):
+                raise SpawnError(f"the handler {task['handler']!r} has no command", 127)
+            child = self.sup.spawn(task, handler)
+        except SpawnError as error:
+            self.failed_starts.append((task, error))
+            self.say("not started", {"task_id": task["task_id"], "handler": task["handler"], "error": str(error)})
+            return
+        child.extra = extra
+        self.say("started task", {"task_id": task["task_id"], "attempt_id": task["attempt_id"], "handler": task["handler"],
+                                  "attempt": task["attempt_number"], "pid": child.pid, "extra_slot": extra})  # fmt: skip
+
+    def _sleep_for(self) -> float:
+        """Seconds until the nearest instant, at most one: then the database is looked at without a knock."""
+        if self.sup.signals or self.ended or self.failed_starts or any(not child.marked for child in self.sup.children.values()):
+            return 0.0
+        due = next_instant(self.store)
+        seconds = [1.0, self.sup.next_at() - time.monotonic(), self.watchdog_at - time.monotonic()]
+        seconds += [(due - clock()) / 1000] if due is not None else []
+        seconds += [self.stop_at - time.monotonic()] if self.stop_at is not None and any(c.why is None for c in self.sup.children.values()) else []
+        for burial in self.burials:
+            self.sup.watch_victims(burial.victims)
+            seconds += [] if burial.victims.killed else [burial.victims.kill_at - time.monotonic()]
+        return max(0.0, min(seconds))
+
+    def _execute_anew(self) -> None:
+        """Replace this program by its newest version, with the same pid, lock and children."""
+        self.reload = False
+        if self._settle() or self.ended:
+            self.reload = True
+            return
+        check = [*own_command(), "--version"]
+        if os.spawnve(os.P_WAIT, check[0], check, {**os.environ, "GRACE_QUIET": "1"}):
+            self.say("trouble", {"message": "the program does not start any more; going on with the old one"})
+            return
+        notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        self.say("executing anew", {"children": len(self.sup.children)})
+        self.bell.close()
+        fds = [self.enlistment.lock, *(fd for child in self.sup.children.values() for fd in child.pipes)]
+        state = {"worker": self.worker, "lock": self.enlistment.lock, "since": self.store.since,
+                 "children": [child.facts() for child in self.sup.children.values()]}  # fmt: skip
+        signal.set_wakeup_fd(-1)
+        handover = payload_file(to_json(state))
+        for fd in [*fds, handover]:
+            os.set_inheritable(fd, True)
+        os.environ[RESUME] = str(handover)
+        self.store.close()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+    def _confess(self, error: Exception) -> None:
+        """A defect of the loop itself, as an event and a line."""
+        text = f"{type(error).__name__}: {error}"
+        self.say("trouble", {"message": text})
+        with contextlib.suppress(GraceError):
+            self.store.write(lambda tx: emit(tx, "daemon.trouble", self.worker, {"worker_id": self.worker, "error": text}))
+
+    def _leave_to_newer(self, error: UpgradedError) -> None:
+        """The database is ahead of this program: end what runs; the newer daemon puts it back."""
+        self.say("trouble", {"message": error.message})
+        for child in self.sup.children.values():
+            self.sup.stop(child, "interrupted")
+        while self.sup.children:
+            self.sup.ended()
+            self.sup.wait(min(1.0, max(0.0, self.sup.next_at() - time.monotonic())))
+        self._close()
+
+    def _leave(self) -> None:
+        self.store.write(lambda tx: emit(tx, "daemon.stopped", self.worker, {"worker_id": self.worker, "kind": "daemon", "reason": "asked" if
+                         self.stop_at is not None else "done", "pid": os.getpid()}))  # fmt: skip
+        self.enlistment.discharge()
+        notify_systemd("STOPPING=1")
+        self.say("stopped", {"worker_id": self.worker})
+        self._close()
+
+    def _close(self) -> None:
+        self.bell.close()
+        self.sup.close()
+
+
+def resumed_state() -> Row | None:
+    """What the image of this process before SIGHUP has left for this one."""
+    handover = os.environ.pop(RESUME, "")
+    if not handover:
+        return None
+    with os.fdopen(int(handover), "rb") as file:
+        file.seek(0)
+        state: Row = json.loads(file.read())
+    return state
+
+
+class Runner:
+    """`grace run`: one command in the foreground, as a task with its own ladder, log and events."""
+
+    def __init__(self, store: Store, spec: Row, argv: list[str]):
+        self.store, self.argv, self.spec = store, argv, spec
+        store.since = clock()
+        self.enlistment = Enlistment(store, "runner", 1)
+        self.worker = self.enlistment.worker
+        self.sup = Supervisor(store, self.worker)
+        self.stopped_by = 0
+        self.task: Row = {}
+
+    def run(self) -> Row:
+        """Until the task is final; its row, with `command_status` to exit with."""
+        done: Row = self.store.write(self._submit)
+        if done["duplicate"]:
+            self._close()
+            return done
+        bell = Bell(self.store)
+        self.sup.watch(bell, lambda fd: bell.answer())
+        status = 0
+        while True:
+            status = self._attempt(status)
+            self.task = get_task(self.store, done["task_id"])
+            if self.task["status"] in FINAL or not self._pause():
+                break
+        bell.close()
+        self._close()
+        return {**get_task(self.store, done["task_id"]), "duplicate": False, "command_status": status}
+
+    def _submit(self, tx: Tx) -> Row:
+        """Record the intent and take its task in one transaction, so that nobody else ever sees it unclaimed."""
+        done: Row = submit(tx, [{**self.spec, "command": True}])[0]
+        if not done["duplicate"]:
+            taken = take(tx, done["task_id"], self.worker)
+            assert taken is not None  # submitted in this very transaction
+            self.task = taken
+        return done
+
+    def _attempt(self, status: int) -> int:
+        """One start of the command; the status to exit with."""
+        if self.task["status"] == "queued":
+            taken = self.store.write(lambda tx: take(tx, self.task["task_id"], self.worker))
+            if taken is None:
+                return status
+            self.task = taken
+        try:
+            child = self.sup.spawn(self.task, HANDLER_DEFAULTS, self.argv)
+        except SpawnError as error:
+            sys.stderr.write(f"grace: {error}\n")
+            ending = {"outcome": "failed", "ended_by": "exit", "error": str(error), "exit_status": error.exit_status, "retry": False}
+            self.store.write(lambda tx: end_attempt(tx, self.task["task_id"], self.task["attempt_id"], ending))
+            return error.exit_status
+        self.store.write(lambda tx: self._mark(tx, child), durable=False)
+        self._watch(child)
+        if os.isatty(0):
+            give_terminal(os.getpgrp())
+        ending = ending_of(child, self.store.path)
+        if self.stopped_by:
+            ending = {**ending, "outcome": "failed", "retry": False, "reason": "interrupted", "error": f"interrupted by {signal.Signals(self.stopped_by).name}"}
+        self.store.write(lambda tx: end_attempt(tx, child.task_id, child.attempt_id, ending))
+        forget_result(self.store.path, child.attempt_id)
+        return 124 if child.why == "timeout" else int(child.exit_status or 0)
+
+    def _mark(self, tx: Tx, child: Child) -> None:
+        with contextlib.suppress(ConflictError):  # cancelled meanwhile; _watch will see it
+            start(tx, child.task, child.pid, child.ticks, boot_id())
+
+    def _watch(self, child: Child) -> None:
+        """Its ladder, its orders and its signals, until the command has ended."""
+        while not self.sup.ended():
+            for signum in self._signals():
+                self.sup.stop(child, "interrupted", at_once=bool(self.stopped_by))
+                self.stopped_by = self.stopped_by or signum
+            for order in self.store.all(TAKEN_AWAY, worker=self.worker):
+                self.sup.stop(child, order["stop_requested"] or "cancelled")
+            self.sup.wait(min(1.0, self.sup.next_at() - time.monotonic(), self._climb()))
+
+    def _climb(self) -> float:
+        """Take the due steps of our own task and do its rescue; the seconds until the next one."""
+        task = get_task(self.store, self.task["task_id"])
+        if task["next_at"] is not None and task["next_at"] <= clock():
+            task = self.store.write(lambda tx: take_due_steps(tx, get_task(tx, task["task_id"]), setting(tx, "queue.age_every")))
+            rescue = self.store.one(RESCUE_OF, id=task["task_id"])
+            if rescue and rescue["status"] == "queued" and rescue["handler"] is None:
+                perform_rescue(self.store, rescue, self.worker, only=["-"])
+        return (task["next_at"] - clock()) / 1000 if task["next_at"] is not None else 1.0
+
+    def _pause(self) -> bool:
+        """Wait out the back-off; whether there is another attempt to make."""
+        while True:
+            self._climb()
+            self.task = get_task(self.store, self.task["task_id"])
+            if self.task["status"] != "queued" or self.task["available_at"] is None:
+                return bool(self.task["status"] == "queued")
+            if self._signals():
+                self.store.write(lambda tx: cancel(tx, get_task(tx, self.task["task_id"]), "interrupted"))
+                return False
+            self.sup.wait(min(1.0, (self.task["available_at"] - clock()) / 1000))
+
+    def _signals(self) -> list[int]:
+        heard, self.sup.signals[:] = list(self.sup.signals), []
+        return heard
+
+    def _close(self) -> None:
+        self.enlistment.discharge()
+        self.sup.close()
+
+
+# =====================================================================================================================
+# output
+# Rows to what is shown: documents for programs, aligned lines for people. Text that came from outside is escaped in
+# every listing. Plain lists are aligned here, because the library for it costs more than the whole command.
+
+UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f"
+    "\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+TASK_FIELDS = (
+    "task_id", "intent_id", "parent_task_id", "retry_of", "task_type", "domain", "handler", "goal", "status", "reason", "priority",
+    "payload", "attempt_number", "max_attempts", "created_at", "queued_at", "assigned_at", "started_at", "finished_at", "assigned_worker",
+    "sla_ms", "sla_deadline", "sla_met", "sla_buffer_ms", "escalation_level", "elapsed_ms", "urgency_ratio", "queue_time_ms",
+    "execution_time_ms", "total_time_ms", "progress", "result", "error", "exit_status", "success", "available_at", "recoveries",
+)  # fmt: skip
+INTENT_FIELDS = (
+    "intent_id", "htm_task_id", "goal", "expected_outcome", "domain", "handler", "priority", "status", "sla_ms", "sla_met", "success",
+    "confidence", "risk_level", "context", "result", "created_at", "dispatched_at", "completed_at", "actual_execution_ms", "created_by",
+    "learned_from",
+)  # fmt: skip
+COLOURS = {"completed": "32", "running": "36", "assigned": "36", "failed": "31", "timeout": "31", "critical": "31", "violated": "33",
+           "warning": "33", "blocked": "33", "dead": "31", "alive": "32", "paused": "33"}  # fmt: skip
+
+
+def shown_fields(row: Row, names: tuple[str, ...]) -> Row:
+    """The named fields as programs see them: instants as text, truths as booleans, JSON as values."""
+    document = {name: row.get(name) for name in names}
+    for name, value in document.items():
+        if value is None:
+            continue
+        if name.endswith("_at") or name == "sla_deadline":
+            document[name] = format_instant(value)
+        elif name in ("payload", "result", "progress", "context"):
+            document[name] = json.loads(value)
+        elif name in ("sla_met", "success", "learned_from"):
+            document[name] = bool(value)
+    return document
+
+
+def task_document(row: Row, now: int) -> Row:
+    elapsed = max(0, (row["finished_at"] or now) - row["queued_at"])
+    ratio = None if row["sla_ms"] is None else round(elapsed / row["sla_ms"], 4)
+    success = None if row["finished_at"] is None else row["status"] == "completed"
+    return shown_fields({**row, "elapsed_ms": elapsed, "urgency_ratio": ratio, "success": success}, TASK_FIELDS)
+
+
+def intent_document(row: Row) -> Row:
+    return shown_fields(row, INTENT_FIELDS)
+
+
+def attempt_document(row: Row) -> Row:
+    names = ("attempt_id", "attempt_number", "worker_id", "pid", "created_at", "started_at", "finished_at", "outcome", "ended_by",
+             "exit_status", "error", "lease_expires_at", "log_bytes", "log_dropped")  # fmt: skip
+    return shown_fields(row, names)
+
+
+def handler_document(row: Row) -> Row:
+    document = {key: value for key, value in row.items() if key not in ("created_at", "updated_at")}
+    document.update(argv=json.loads(row["argv"]) if row["argv"] else None, env=json.loads(row["env"]),
+                    external=bool(row["external"]), paused=bool(row["paused"]), created_at=format_instant(row["created_at"]),
+                    updated_at=format_instant(row["updated_at"]))  # fmt: skip
+    return document
+
+
+def violation_document(row: Row, now: int) -> Row:
+    elapsed = max(0, (row["finished_at"] or now) - row["queued_at"])
+    over = elapsed - row["sla_ms"]
+    return {
+        "task_id": row["task_id"], "intent_id": row["intent_id"], "task_type": row["task_type"], "domain": row["domain"],
+        "handler": row["handler"], "priority": row["priority"], "sla_ms": row["sla_ms"], "elapsed_ms": elapsed,
+        "overdue_ms": max(0, over), "overdue_percent": max(0.0, round(100 * over / row["sla_ms"], 1)),
+        "escalation_level": row["escalation_level"], "level": row["level"], "assigned_worker": row["assigned_worker"],
+        "status": row["status"], "rescue_task_id": row["rescue_task_id"], "created_at": format_instant(row["created_at"]),
+    }  # fmt: skip
+
+
+def printable(text: str) -> str:
+    r"""Text from outside, safe to show: what a terminal would obey or hide stands as \u{…}."""
+    return UNPRINTABLE.sub(lambda match: f"\\u{{{ord(match[0]):x}}}", text)
+
+
+def text_width(text: str) -> int:
+    """Columns on a terminal."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def cut_text(text: str, width: int) -> str:
+    if text_width(text) <= width:
+        return text
+    while text and text_width(text) > width - 1:
+        text = text[:-1]
+    return text + "…"
+
+
+def align(header: tuple[str, ...], rows: list[tuple[str, ...]], width: int | None) -> Iterator[str]:
+    """Lines of a table; with a width, the last column is cut to fit."""
+    widths = [max(text_width(line[n]) for line in [header, *rows]) for n in range(len(header))]
+    if width is not None:
+        widths[-1] = max(8, width - sum(widths[:-1]) - 2 * (len(widths) - 1))
+    for row in [header, *rows]:
+        cells = [cell + " " * (size - text_width(cell)) for cell, size in zip(row, widths, strict=True)]
+        if width is not None:
+            cells[-1] = cut_text(row[-1], widths[-1])
+        yield "  ".join(cells).rstrip()
+
+
+def colour(line: str) -> str:
+    """The words of a state in their colours."""
+    return re.sub(rf"\b({'|'.join(COLOURS)})\b", lambda match: f"\033[{COLOURS[match[0]]}m{match[0]}\033[0m", line, count=1)
+
+
+def write_out(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def write_json(document: Any) -> None:
+    write_out(json.dumps(document))
+
+
+def on_terminal() -> bool:
+    return sys.stdout.isatty()
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal, None when the output goes elsewhere and nothing is to be cut."""
+    if not on_terminal():
+        return None
+    with contextlib.suppress(OSError):
+        return os.get_terminal_size(sys.stdout.fileno()).columns or 80
+    return 80
+
+
+def show_table(header: tuple[str, ...], rows: Iterable[tuple[Any, ...]], empty: str) -> None:
+    rows = list(rows)
+    if not rows:
+        write_out(empty)
+        return
+    paint = on_terminal() and not os.environ.get("NO_COLOR")
+    for number, line in enumerate(align(header, rows, terminal_width())):
+        write_out(colour(line) if paint and number else line)
+
+
+def show_record(document: Row) -> None:
+    """One thing, a field a line; what is not known is left out."""
+    lines = [(name, plain_value(name, value)) for name, value in document.items() if value is not None and value not in ([], {})]
+    width = max(len(name) for name, _ in lines)
+    for name, text in lines:
+        write_out(f"{name:<{width}}  {text}")
+
+
+def plain_value(name: str, value: Any) -> str:
+    if name.endswith("_ms") and isinstance(value, int):
+        return format_duration(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+def sla_cell(document: Row) -> str:
+    if document["sla_ms"] is None:
+        return "-"
+    return f"{round(100 * document['elapsed_ms'] / document['sla_ms'])}% of {format_duration(document['sla_ms'])}"
+
+
+def task_cells(document: Row) -> tuple[str, ...]:
+    return (document["task_id"], document["status"], document["priority"], sla_cell(document), printable(document["goal"]))
+
+
+def intent_cells(document: Row) -> tuple[str, ...]:
+    return (document["intent_id"], document["status"], document["priority"], document["domain"], printable(document["goal"]))
+
+
+TOTALS = "SELECT name, value FROM counters"
+STATUS_TOTALS = "SELECT status, n FROM status_totals"
+DEPTHS = "SELECT priority, n FROM queue_depths"
+OPEN_VIOLATIONS = """SELECT COALESCE(SUM(n), 0) AS n FROM task_counts
+  WHERE level >= 2 AND status IN ('queued', 'blocked', 'assigned', 'running')"""
+OLDEST_QUEUED = "SELECT MIN(queued_at) AS at FROM htm_tasks WHERE status = 'queued' AND available_at IS NULL"
+QUEUED_HANDLERS = """SELECT c.handler, SUM(c.n) AS n, MAX(h.paused) AS paused, MAX(h.external) AS external
+  FROM task_counts c LEFT JOIN handlers h ON h.name = c.handler
+  WHERE c.status = 'queued' AND c.handler <> '' GROUP BY c.handler HAVING SUM(c.n) > 0"""
+LIVE_WORKERS = "SELECT * FROM workers WHERE stopped_at IS NULL ORDER BY started_at"
+SET_ASIDE_COUNT = "SELECT COUNT(*) AS n FROM htm_tasks WHERE set_aside IS NOT NULL AND finished_at IS NULL"
+
+
+def queue_counters(reader: Reader, now: int) -> Row:
+    """The dashboard's counters, all of them kept as they change."""
+    totals = {row["name"]: row["value"] for row in reader.all(TOTALS)}
+    status = {row["status"]: row["n"] for row in reader.all(STATUS_TOTALS)}
+    met, missed, completed = totals.get("sla_met", 0), totals.get("sla_missed", 0), totals.get("completed_n", 0)
+    average = {name: totals.get(f"{name}_sum", 0) / completed if completed else None for name in ("queue_time_ms", "execution_time_ms", "total_time_ms")}
+    oldest = reader.value(OLDEST_QUEUED)
+    return {
+        "total_tasks": sum(status.values()), "active_tasks": status.get("assigned", 0) + status.get("running", 0),
+        "queued_tasks": status.get("queued", 0), "blocked_tasks": status.get("blocked", 0), "completed_tasks": status.get("completed", 0),
+        "failed_tasks": status.get("failed", 0) + status.get("timeout", 0), "cancelled_tasks": status.get("cancelled", 0),
+        "sla_compliance_rate": met / (met + missed) if met + missed else None, "active_violations": reader.value(OPEN_VIOLATIONS),
+        "total_violations": totals.get("escalations_triggered", 0),
+        "avg_buffer_ms": totals.get("buffer_ms_sum", 0) / totals["buffer_ms_n"] if totals.get("buffer_ms_n") else None,
+        "avg_queue_time_ms": average["queue_time_ms"], "avg_execution_time_ms": average["execution_time_ms"],
+        "avg_total_time_ms": average["total_time_ms"],
+        "queue_depths": {**dict.fromkeys(PRIORITIES, 0), **{row["priority"]: row["n"] for row in reader.all(DEPTHS)}},
+        "longest_queued_ms": None if oldest is None else max(0, now - oldest),
+        **{name: totals.get(name, 0) for name in ("warnings_issued", "escalations_triggered", "sub_agents_spawned",
+                                                  "queue_reprioritizations", "tasks_rescued", "tasks_recovered")},
+    }  # fmt: skip
+
+
+def status_document(store: Store) -> Row:
+    """One screen's worth: daemons, depths, violations, and what is wrong with a hint for each."""
+    now = clock()
+    counters = store.read(lambda reader: queue_counters(reader, now))
+    workers = [{**row, "alive": is_alive(row)} for row in store.all(LIVE_WORKERS)]
+    daemons = [row for row in workers if row["kind"] == "daemon" and row["alive"]]
+    slots = sum(row["slots"] for row in daemons)
+    busy = sum(len(store.all(OPEN_ATTEMPTS, worker=row["worker_id"])) for row in daemons)
+    shown = [shown_fields(row, ("worker_id", "kind", "pid", "slots", "state", "started_at", "heartbeat_at", "alive")) for row in workers]
+    return {"database": store.path, "daemon_alive": bool(daemons), "workers": shown, "active_workers": len([row for row in workers if row["alive"]]),
+            "worker_utilization": round(busy / slots, 4) if slots else None, **counters,
+            "problems": problems(store, counters, daemons, workers, now)}  # fmt: skip
+
+
+def problems(store: Store, counters: Row, daemons: list[Row], workers: list[Row], now: int) -> list[Row]:
+    """What needs a person, each with a hint."""
+    found: list[tuple[str, str, str]] = []
+    queued = store.all(QUEUED_HANDLERS)
+    waiting = sum(row["n"] for row in queued if not row["external"] and not row["paused"])
+    if waiting and not daemons:
+        found.append(("no_daemon", f"{waiting} tasks wait and no daemon runs", "start one: grace daemon"))
+    for row in queued:
+        if row["paused"]:
+            found.append(("handler_paused", f"{row['n']} tasks wait for the paused handler {row['handler']}", f"grace handler resume {row['handler']}"))
+    if counters["active_violations"]:
+        found.append(("violations", f"{counters['active_violations']} open tasks are past their SLA", "see them: grace violations"))
+    allowed = 3 * setting(store, "daemon.heartbeat_every") + 5 * SECOND
+    for row in daemons:
+        if now - row["heartbeat_at"] > allowed:
+            found.append(("daemon_stuck", f"the daemon {row['pid']} lives but has been silent for {format_duration(now - row['heartbeat_at'])}",
+                          "see what it is doing, then restart it"))  # fmt: skip
+    dead = [row for row in workers if not row["alive"]]
+    if dead:
+        found.append(("worker_died", f"{len(dead)} workers died; their tasks go back when a daemon runs", "start one: grace daemon"))
+    if aside := store.value(SET_ASIDE_COUNT):
+        found.append(("set_aside", f"{aside} tasks with impossible times were set aside", "see them: grace events --topic htm.task.invalid"))
+    return [{"code": code, "message": message, "hint": hint} for code, message, hint in found]
+
+
+AHEAD = """SELECT COUNT(*) AS n FROM htm_tasks WHERE handler = :handler AND status = 'queued' AND available_at IS NULL
+  AND (rank < :rank OR (rank = :rank AND order_at < :order_at))"""
+NEEDS = """SELECT i.intent_id, i.status FROM task_dependencies d JOIN intent_records i ON i.intent_id = d.intent_id
+  WHERE d.task_id = :id ORDER BY i.intent_id"""
+
+
+def explain_task(store: Store, task: Row) -> Row:
+    """Why a task is where it is, what comes next, and its whole story in order."""
+    now = clock()
+    story = [event_document(row) for row in store.all(EVENTS_OF, subject=task["task_id"], n=1000)]
+    steps = next_steps(task, setting(store, "queue.age_every")) if task["status"] not in FINAL else []
+    return {
+        "task_id": task["task_id"], "intent_id": task["intent_id"], "goal": task["goal"], "status": task["status"], "reason": task["reason"],
+        "why": [{"code": code, "text": text} for code, text in reasons(store, task, now)],
+        "next_steps": [{"step": name, "due_at": format_instant(at)} for at, name in steps],
+        "attempts": [attempt_document(row) for row in store.all(ATTEMPTS_OF, id=task["task_id"])],
+        "story": [{"at": event["created_at"], "topic": event["topic"], "text": story_line(event)} for event in story],
+    }  # fmt: skip
+
+
+def reasons(store: Store, task: Row, now: int) -> list[tuple[str, str]]:
+    """Code and sentence for each thing that keeps an open task where it is, or that ended it."""
+    if task["status"] in FINAL:
+        return [(task["reason"] or task["status"], f"it ended {task['status']}" + (f": {task['error']}" if task["error"] else ""))]
+    if task["status"] == "blocked":
+        return [("waiting_dependency", f"it waits for the intent {row['intent_id']} ({row['status']})") for row in store.all(NEEDS, id=task["task_id"])]
+    if task["status"] in ("assigned", "running"):
+        return [(task["status"], f"it is {task['status']} on {task['assigned_worker']}")]
+    handler = store.one(GET_HANDLER, name=task["handler"])
+    if handler is None:
+        return [("no_handler", f"there is no handler {task['handler']!r}")]
+    found = []
+    if task["available_at"] is not None and task["available_at"] > now:
+        found.append((task["reason"] or "scheduled", f"it is not to start before {format_instant(task['available_at'])}"))
+    if handler["paused"]:
+        found.append(("handler_paused", f"its handler {handler['name']} is paused"))
+    if handler["external"]:
+        found.append(("external", f"no external worker has claimed it from {handler['name']}"))
+    elif not any(row["kind"] == "daemon" and is_alive(row) for row in store.all(LIVE_WORKERS)):
+        found.append(("no_daemon", "no daemon runs"))
+    if handler["concurrency"] is not None and store.value(OPEN_ATTEMPTS_OF_HANDLER, name=handler["name"]) >= handler["concurrency"]:
+        found.append(("concurrency", f"all {handler['concurrency']} places of {handler['name']} are taken"))
+    if task["retry_of"] and store.one(OPEN_ATTEMPT, id=task["retry_of"]):
+        found.append(("original_ending", f"the task it replaces, {task['retry_of']}, is still being ended"))
+    ahead = store.value(AHEAD, handler=task["handler"], rank=task["rank"], order_at=task["order_at"])
+    return found or [("queued", f"{ahead} tasks of its handler are ahead of it; it waits for a free worker")]
+
+
+def story_line(event: Row) -> str:
+    """One event of a task for people."""
+    payload, topic = event["payload"], event["topic"]
+    if topic.startswith("htm.sla."):
+        return f"{payload['level']}: {payload['message']}" + (" (noticed late)" if payload["late"] else "")
+    if topic == "htm.task.created":
+        return f"created, {payload['status']}, priority {payload['priority']}"
+    if "previous_priority" in payload:
+        return f"priority {payload['previous_priority']} → {payload['priority']} ({payload['reason']})"
+    if "previous_status" in payload:
+        notes = [payload["reason"], payload["error"], payload["assigned_worker"] if payload["status"] in ("assigned", "running") else None]
+        return f"{payload['previous_status']} → {payload['status']}" + "".join(f", {note}" for note in notes if note)
+    return topic
+
+
+# =====================================================================================================================
+# command line
+# A command parses, opens the store, calls one function, shows the result. Commands are declared as plain records and
+# made into click's objects only when they are called, since making all of them would cost more than most commands do.
+# main() is the only place where exceptions become exit codes.
+
+Parameter = Callable[[], click.Parameter]
+COMMANDS: dict[str, dict[str, tuple[Callable[..., int | None], tuple[Parameter, ...]]]] = {"": {}}
+GROUPS: dict[str, str] = {}
+
+
+class Checked(click.ParamType):  # type: ignore[type-arg]
+    """A value from text by a function of ours; its ValueError becomes the usage error."""
+
+    def __init__(self, name: str, parse: Callable[[str], Any]):
+        self.name, self.parse = name, parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return self.parse(value)
+        except ValueError as error:
+            raise UsageError(f"{label_of(param)}: {error}", usage_hint(ctx)) from None
+
+
+def label_of(param: click.Parameter | None) -> str:
+    if param is None:
+        return "value"
+    return param.opts[0] if isinstance(param, click.Option) else (param.metavar or param.name or "").rstrip("…").upper()
+
+
+def usage_hint(ctx: click.Context | None) -> str:
+    return f"see: {ctx.command_path} --help" if ctx else "see: grace --help"
+
+
+def named(what: str, text: str) -> str:
+    if not NAME.fullmatch(text):
+        raise ValueError(f"{text[:60]!r} is no name for {what}: 1 to 64 of A–Z a–z 0–9 _ . -")
+    return text
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,12}", text) or not low <= int(text) <= high:
+            raise ValueError(f"{text[:40]!r} is not a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def fraction(low: float, high: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        if not re.fullmatch(r"[0-9]{0,6}(\.[0-9]{1,9})?", text) or text in ("", ".") or not low <= float(text) <= high:
+            raise ValueError(f"{text[:40]!r} is not a number from {low:g} to {high:g}")
+        return float(text)
+
+    return parse
+
+
+def one_of(words: Iterable[str]) -> Callable[[str], str]:
+    words = tuple(words)
+
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"{text[:40]!r} is not one of {', '.join(words)}")
+        return text
+
+    return parse
+
+
+def text_of(what: str, longest: int) -> Callable[[str], str]:
+    return lambda text: check_text(text, what, longest)
+
+
+def parse_object(text: str) -> str:
+    """A context's compact text from JSON, @FILE or - for stdin; it must be an object."""
+    value = parse_json(read_argument(text, MAX_JSON))
+    if not isinstance(value, dict):
+        raise ValueError("must be a JSON object such as '{\"folder\": \"/srv/in\"}'")
+    return to_json(value)
+
+
+def parse_result(text: str) -> Any:
+    return parse_json(read_argument(text, MAX_JSON))
+
+
+def read_argument(text: str, longest: int) -> str:
+    """The text itself, or what @FILE or - (stdin) holds."""
+    if text != "-" and not text.startswith("@"):
+        return text
+    try:
+        with open(0 if text == "-" else text[1:], "rb", closefd=text != "-") as file:
+            data = file.read(longest + 1)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {printable(text[1:]) or 'stdin'}: {getattr(error, 'strerror', None) or error}") from None
+    if len(data) > longest:
+        raise ValueError(f"larger than {longest >> 20} MiB")
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise ValueError("is not valid UTF-8 text") from None
+
+
+def parse_workers(text: str) -> int:
+    if ".." in text:
+        raise ValueError("a range of workers is not available yet; write one number")
+    return whole(1, 256)(text)
+
+
+def own_topic(text: str) -> str:
+    if not TOPIC.fullmatch(text) or len(text) > 128:
+        raise ValueError(f"{text[:60]!r} is no topic: words of a–z 0–9 _ - joined by dots, such as backup.done")
+    if text.startswith(OWN_TOPICS):
+        raise ValueError(f"{text!r} is a topic of grace's own; choose another first word")
+    return text
+
+
+def glob_of(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9_.*?-]{1,128}", text):
+        raise ValueError(f"{text[:60]!r} is no topic pattern; write something like htm.sla.*")
+    return text
+
+
+def parse_since(text: str) -> tuple[str, int]:
+    """('event', seq), ('at', instant) or ('ago', duration)."""
+    if EVENT_ID.fullmatch(text):
+        return "event", int(text[4:])
+    if INSTANT.fullmatch(text):
+        return "at", parse_instant(text)
+    if DURATION.fullmatch(text):
+        return "ago", parse_duration(text)
+    raise ValueError(f"{text[:40]!r} is neither an event's id (evt_…), an instant (2026-11-22T07:08:19Z) nor a duration (2h)")
+
+
+def instant_since(value: tuple[str, int] | None, now: int) -> int:
+    """The instant that --since means where only times make sense."""
+    if value is None:
+        return 0
+    if value[0] == "event":
+        raise UsageError("--since: an event's id means nothing here", "write an instant or a duration, such as 2h")
+    return value[1] if value[0] == "at" else now - value[1]
+
+
+def parse_variable(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or name.startswith("GRACE_"):
+        raise ValueError(f"{text[:60]!r} is not NAME=VALUE (names beginning with GRACE_ are grace's own)")
+    return name, check_text(value or " ", "the value", 100_000) if value else ""
+
+
+DURATION_TYPE = Checked("duration", parse_duration)
+CONVERTERS: dict[str, Checked] = {
+    "duration": DURATION_TYPE,
+    "instant": Checked("instant", parse_instant),
+    "name": Checked("name", lambda text: named("this", text)),
+    "id": Checked("id", text_of("an id", 128)),
+    "own_id": Checked("id", lambda text: text if OWN_ID.fullmatch(text) else _refuse(f"{text[:60]!r} is no id: 1 to 128 of A–Z a–z 0–9 _ . : -")),
+    "key": Checked("key", text_of("a key", 200)),
+    "goal": Checked("text", text_of("a goal", 2000)),
+    "outcome": Checked("text", text_of("an expected outcome", 2000)),
+    "person": Checked("name", text_of("a creator", 128)),
+    "worker": Checked("id", text_of("a worker's id", 128)),
+    "note": Checked("text", text_of("a note", 2000)),
+    "error": Checked("text", text_of("an error", 10_000)),
+    "object": Checked("json", parse_object),
+    "json": Checked("json", parse_result),
+    "priority": Checked("priority", one_of(PRIORITIES)),
+    "risk": Checked("risk", one_of(RISK_LEVELS)),
+    "unit": Checked("number", fraction(0, 1)),
+    "attempts": Checked("number", whole(1, 1000)),
+    "limit": Checked("number", whole(1, 1_000_000)),
+    "since": Checked("since", parse_since),
+}
+
+
+def _refuse(message: str) -> str:
+    raise ValueError(message)
+
+
+def opt(*names: str, kind: str | Checked | None = None, **settings: Any) -> Parameter:
+    """An option, made when its command is called. `kind` names a converter."""
+    checked = CONVERTERS[kind] if isinstance(kind, str) else kind
+    return lambda: click.Option(names, type=checked, **settings)
+
+
+def arg(name: str, kind: str | Checked | None = None, **settings: Any) -> Parameter:
+    checked = CONVERTERS[kind] if isinstance(kind, str) else kind
+    return lambda: click.Argument([name], type=checked, **settings)
+
+
+def command(path: str, *parameters: Parameter) -> Callable[[Callable[..., int | None]], Callable[..., int | None]]:
+    """Declare `grace PATH`; the function gets the App and the parameters, and returns an exit status or None for 0."""
+
+    def declare(fn: Callable[..., int | None]) -> Callable[..., int | None]:
+        group, _, name = path.rpartition(" ")
+        COMMANDS.setdefault(group, {})[name] = (fn, parameters)
+        return fn
+
+    return declare
+
+
+class App:
+    """What a command needs of its surroundings: the database's path, the format, the store."""
+
+    def __init__(self) -> None:
+        self.path, self.json = "", False
+
+    def store(self) -> Store:
+        return Store(self.path or default_path(), f"cli:{login_name()}")
+
+    def show(self, document: Any, plain: Callable[[], None]) -> None:
+        """One document for programs, or plain lines for people."""
+        if self.json:
+            write_json(document)
+        else:
+            plain()
+
+
+def default_path() -> str:
+    if path := os.environ.get("GRACE_DB"):
+        return path
+    base = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
+    return os.path.join(base, "grace", "grace.db")
+
+
+def login_name() -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
+
+
+def set_json(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.ensure_object(App).json = True
+
+
+def show_help(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        text = ctx.get_help()
+        if ctx.ensure_object(App).json or "--json" in before_separator(sys.argv[1:]):
+            write_json({"help": text})
+        else:
+            write_out(text)
+        ctx.exit(0)
+
+
+def common_options() -> list[click.Parameter]:
+    return [click.Option(["--json"], is_flag=True, is_eager=True, expose_value=False, callback=set_json, help="One JSON document on stdout."),
+            click.Option(["-h", "--help"], is_flag=True, is_eager=True, expose_value=False, callback=show_help, help="Show this text.")]  # fmt: skip
+
+
+def build_command(name: str, fn: Callable[..., int | None], parameters: tuple[Parameter, ...]) -> click.Command:
+    made = [parameter() for parameter in parameters]
+
+    def call(**values: Any) -> int | None:
+        return fn(click.get_current_context().ensure_object(App), **values)
+
+    return click.Command(name, callback=call, params=[*made, *common_options()], help=fn.__doc__, add_help_option=False)
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are made from their declarations when they are asked for."""
+
+    def __init__(self, path: str, **settings: Any):
+        super().__init__(path.rpartition(" ")[2] or "grace", add_help_option=False, **settings)
+        self.path = path
+        self.params += common_options()
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*COMMANDS[self.path], *(() if self.path else GROUPS)})
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if not self.path and name in GROUPS:
+            fn, parameters = COMMANDS[name].get("", (None, ()))
+            if fn is None:
+                return LazyGroup(name, help=GROUPS[name], no_args_is_help=False)
+            main_command = build_command(name, fn, parameters)
+            return LazyGroup(name, help=GROUPS[name], params=main_command.params[:-2], callback=unless_sub(main_command.callback), invoke_without_command=True)
+        declared = COMMANDS[self.path].get(name)
+        return build_command(name, *declared) if declared else None
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            import difflib
+
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx), 3, 0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else usage_hint(ctx)
+            raise UsageError(f"there is no command {' '.join([ctx.command_path, args[0][:60]])!r}", hint)
+        return super().resolve_command(ctx, args)
+
+
+def unless_sub(callback: Any) -> Callable[..., int | None]:
+    """The group's own command, when no subcommand was named."""
+
+    def call(**values: Any) -> int | None:
+        return None if click.get_current_context().invoked_subcommand else callback(**values)
+
+    return call
+
+
+def root(db: str | None, version: bool) -> int | None:
+    app = click.get_current_context().ensure_object(App)
+    app.path = db or ""
+    if version:
+        app.show({"version": __version__}, lambda: write_out(f"grace {__version__}"))
+        click.get_current_context().exit(0)
+    if click.get_current_context().invoked_subcommand is None:
+        if app.json:
+            raise UsageError("no command was given", "see: grace --help")
+        write_out(click.get_current_context().get_help())
+    return None
+
+
+def root_group() -> LazyGroup:
+    return LazyGroup("", help=ROOT_HELP, callback=root, invoke_without_command=True, params=[
+        click.Option(["--db"], metavar="PATH", help="The database [default: $GRACE_DB, else ~/.local/state/grace/grace.db]."),
+        click.Option(["--version"], is_flag=True, help="Show the version.")])  # fmt: skip
+
+
+ROOT_HELP = """Intents with deadlines: run them, warn, escalate, rescue, remember.
+
+A first use: `grace handler add NAME -- CMD`, `grace submit-intent "GOAL" --handler NAME --sla 5m`, `grace daemon --once`.
+`grace demo` shows all of it on a throw-away database."""
+GROUPS.update({
+    "config": "The settings, each with a default and a sentence.",
+    "events": "The event bus: what happened, in order.",
+    "handler": "The commands that do the work, by name.",
+    "intent": "Goals and how they went.",
+    "task": "The units of work behind intents, and the protocol for workers that are not grace.",
+})  # fmt: skip
+
+SUBMIT_OPTIONS = (
+    opt("--domain", kind=Checked("name", lambda text: named("a domain", text)), default="general", show_default=True, help="What the goal belongs to."),
+    opt("--sla", "sla_ms", kind="duration", help="The deadline, from now, such as 30s or 2h [default: the handler's]."),
+    opt("--priority", kind="priority", default="normal", show_default=True, help="critical, high, normal or low."),
+    opt("--context", kind="object", default="{}", metavar="JSON", help="An object for the handler: JSON, @FILE, or - for stdin."),
+    opt("--expected-outcome", kind="outcome", help="What should be true afterwards."),
+    opt("--confidence", kind="unit", metavar="0..1", help="How sure the submitter is that it will work."),
+    opt("--risk-level", kind="risk", help="low, medium, high or critical."),
+    opt("--created-by", kind="person", help="Who submits [default: the login name]."),
+    opt("--intent-id", kind="own_id", help="An id of your own."),
+    opt("--key", kind="key", help="The same key again returns the first intent and changes nothing."),
+    opt("--max-attempts", kind="attempts", help="How often it is tried [default: the handler's]."),
+    opt("--timeout", "timeout_ms", kind="duration", help="End an attempt after this long [default: the handler's]."),
+)
+LIST_OPTIONS = (
+    opt("--status", multiple=True, help="Only these (repeatable)."),
+    opt("--domain", kind="name", help="Only this domain."),
+    opt("--since", kind="since", help="Only those created since then: an instant or a duration such as 2h."),
+    opt("--limit", kind="limit", default=50, show_default=True, help="At most so many."),
+)
+
+
+# ---- submitting
+
+
+@command("submit-intent", arg("goal", "goal", required=False), opt("--handler", kind="name", help="Who does it [default: the handler named like the domain]."),
+         *SUBMIT_OPTIONS, opt("--at", kind="instant", help="Start then, not before (RFC 3339 with an offset)."),
+         opt("--in", "in_ms", kind="duration", help="Start after this long."),
+         opt("--after", kind="id", multiple=True, metavar="INTENT", help="Start when that intent has completed (repeatable)."),
+         opt("--batch", metavar="FILE", help="One JSON object a line, all or none; - for stdin."),
+         opt("--wait", is_flag=True, help="Wait for the end: 0 completed, 1 not."),
+         opt("--wait-timeout", kind="duration", help="Wait at most so long (exit 6)."))  # fmt: skip
+def submit_command(app: App, goal: str | None, batch: str | None, wait: bool, wait_timeout: int | None, **options: Any) -> int | None:
+    """Record GOAL as an intent, with its task, and print both ids."""
+    if (goal is None) == (batch is None):
+        raise UsageError("write a GOAL, or --batch FILE", 'such as: grace submit-intent "Back up the shop" --handler backup --sla 1h')
+    if wait_timeout is not None and not wait:
+        raise UsageError("--wait-timeout goes with --wait")
+    if batch is not None:
+        return submit_batch(app, batch, wait)
+    store = app.store()
+    done = store.write(lambda tx: submit(tx, [spec_of(goal, options, tx.now)]))[0]
+    if wait:
+        return show_waited(app, store, [done["intent_id"]], wait_timeout)
+    app.show(done, lambda: write_out(f"{done['intent_id']}  {done['task_id']}" + ("  (submitted before)" if done["duplicate"] else "")))
+    return None
+
+
+def spec_of(goal: str | None, options: Row, now: int) -> Row:
+    """What submit() takes, from the command's options."""
+    if options.get("at") is not None and options.get("in_ms") is not None:
+        raise UsageError("--at and --in exclude each other")
+    spec = {key: value for key, value in options.items() if key in SPEC_DEFAULTS and value is not None}
+    if options.get("in_ms") is not None:
+        spec["at"] = now + options["in_ms"]
+    return {**spec, "goal": goal, "created_by": options.get("created_by") or login_name()}
+
+
+BATCH_KEYS: dict[str, tuple[str, str]] = {  # the key in a line -> (the spec's key, its converter)
+    "goal": ("goal", "goal"), "handler": ("handler", "name"), "domain": ("domain", "name"), "sla": ("sla_ms", "duration"),
+    "priority": ("priority", "priority"), "expected_outcome": ("expected_outcome", "outcome"), "risk_level": ("risk_level", "risk"),
+    "created_by": ("created_by", "person"), "intent_id": ("intent_id", "own_id"), "key": ("key", "key"), "at": ("at", "instant"),
+    "in": ("in_ms", "duration"), "timeout": ("timeout_ms", "duration"),
+}  # fmt: skip
+
+
+def submit_batch(app: App, source: str, wait: bool) -> int | None:
+    if wait:
+        raise UsageError("--wait does not go with --batch", "wait for the printed ids: grace intent wait ID…")
+    creator = login_name()
+    specs = list(batch_specs(batch_lines(source), creator))
+    store = app.store()
+
+    def put(tx: Tx) -> list[Row]:
+        for spec in specs:
+            if "in_ms" in spec:
+                spec["at"] = tx.now + spec.pop("in_ms")
+        return submit(tx, specs)
+
+    for done in store.write(put):
+        app.show(done, lambda done=done: write_out(f"{done['intent_id']}  {done['task_id']}"))  # type: ignore[misc]
+    return None
+
+
+def batch_lines(source: str) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines that are not blank."""
+    try:
+        with open(0 if source == "-" else source, "rb", closefd=source != "-") as file:
+            for number, line in enumerate(file, 1):
+                if len(line) > MAX_JSON + 100_000:
+                    raise UsageError(f"--batch: line {number}: larger than 1 MiB")
+                if line.strip():
+                    yield number, line
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--batch: cannot read {printable(source)}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def batch_specs(lines: Iterable[tuple[int, bytes]], creator: str) -> Iterator[Row]:
+    for number, line in lines:
+        try:
+            yield {"created_by": creator, **batch_spec(line), "line": number}
+        except (ValueError, UsageError) as error:
+            raise UsageError(f"--batch: line {number}: {error}", "nothing was submitted") from None
+
+
+def batch_spec(line: bytes) -> Row:
+    try:
+        values = parse_json(line.decode())
+    except UnicodeDecodeError:
+        raise ValueError("is not valid UTF-8 text") from None
+    if not isinstance(values, dict):
+        raise ValueError("is not a JSON object")
+    if "goal" not in values:
+        raise ValueError("has no goal")
+    if "at" in values and "in" in values:
+        raise ValueError("at and in exclude each other")
+    return dict(batch_value(key, value) for key, value in values.items())
+
+
+def batch_value(key: str, value: Any) -> tuple[str, Any]:
+    """One entry of a line as submit() takes it; ValueError that names the key."""
+    if key in BATCH_KEYS:
+        name, kind = BATCH_KEYS[key]
+        if not isinstance(value, str):
+            raise ValueError(f"{key} is a text, such as \"30s\" or \"high\"")
+        try:
+            return name, CONVERTERS[kind].parse(value)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+    if key == "context" and isinstance(value, dict):
+        return key, to_json(value)
+    if key == "after" and isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return key, value
+    if key == "confidence" and isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1:
+        return key, float(value)
+    if key == "max_attempts" and isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1000:
+        return key, value
+    if key in ("context", "after", "confidence", "max_attempts"):
+        kinds = {"context": "an object", "after": "a list of intents' ids", "confidence": "a number from 0 to 1", "max_attempts": "a whole number from 1 to 1000"}
+        raise ValueError(f"{key} is {kinds[key]}")
+    raise ValueError(f"the key {key[:60]!r} is unknown; there are {', '.join(sorted([*BATCH_KEYS, 'context', 'after', 'confidence', 'max_attempts']))}")
+
+
+@command("run", *SUBMIT_OPTIONS, opt("--goal", kind="goal", help="What it is for [default: the command itself]."),
+         opt("--handler", hidden=True), opt("--template", hidden=True), opt("--batch", hidden=True), opt("--wait", is_flag=True, hidden=True),
+         opt("--at", hidden=True), opt("--in", "in_", hidden=True), opt("--after", multiple=True, hidden=True),
+         arg("cmd", nargs=-1, required=True, metavar="CMD ARGS…"))  # fmt: skip
+def run_command(app: App, cmd: tuple[str, ...], goal: str | None, handler: Any, template: Any, batch: Any, wait: Any, at: Any, in_: Any,
+                after: Any, **options: Any) -> int | None:  # fmt: skip
+    """Run CMD here and now under an SLA of its own; ends with its exit status.
+
+    A line for cron: grace run --sla 10m -- tar czf /backup/etc.tgz /etc"""
+    refused = {"--handler": handler, "--template": template, "--batch": batch, "--wait": wait, "--at": at, "--in": in_, "--after": after}
+    for name, value in refused.items():
+        if value:
+            raise UsageError(f"{name} does not go with run, which runs its command here and now", "use submit-intent for work in the background")
+    text = goal or printable(" ".join(os.fsencode(word).decode(errors="backslashreplace") for word in cmd))[:2000].strip() or "command"
+    try:
+        store = app.store()
+        bury_runners(store)
+        if app.json:
+            kept = os.dup(1)
+            os.dup2(2, 1)
+        done = Runner(store, spec_of(text, options, 0), list(cmd)).run()
+    except GraceError as error:
+        report(error, app.json)
+        return 125
+    if app.json:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+    return show_run(app, done)
+
+
+def show_run(app: App, done: Row) -> int:
+    if done["duplicate"]:
+        sys.stderr.write(f"grace: submitted before: {done['intent_id']}  {done['task_id']}\n")
+        if app.json:
+            write_json(done)
+        return 0
+    if app.json:
+        write_json(task_document(done, clock()))
+    return int(done["command_status"])
+
+
+# ---- intents
+
+
+def filtered(store: Store, table: str, key: str, status: tuple[str, ...], known: tuple[str, ...], domain: str | None,
+             since: tuple[str, int] | None, limit: int) -> list[Row]:  # fmt: skip
+    """Rows of a table, newest first, by the options that lists share."""
+    for word in status:
+        if word not in known:
+            raise UsageError(f"--status: {word[:40]!r} is not one of {', '.join(known)}")
+    wanted = to_json(list(status) or list(known))
+    return store.all(f"""SELECT * FROM {table} WHERE status IN (SELECT value FROM json_each(:wanted))
+      AND (CAST(:domain AS TEXT) IS NULL OR domain = :domain) AND created_at >= :since ORDER BY seq DESC LIMIT :n""",
+                     wanted=wanted, domain=domain, since=instant_since(since, clock()), n=limit)  # fmt: skip
+
+
+@command("intent list", *LIST_OPTIONS)
+def intent_list(app: App, status: tuple[str, ...], domain: str | None, since: tuple[str, int] | None, limit: int) -> None:
+    """Intents, newest first."""
+    store = app.store()
+    known = ("created", "dispatched", "executing", *FINAL)
+    documents = [intent_document(row) for row in filtered(store, "intent_records", "intent_id", status, known, domain, since, limit)]
+    app.show(documents, lambda: show_table(("INTENT", "STATUS", "PRIORITY", "DOMAIN", "GOAL"), [intent_cells(d) for d in documents], "no intents"))
+
+
+@command("intent show", arg("id", "id"))
+def intent_show(app: App, id: str) -> None:
+    """All that is known of an intent."""
+    store = app.store()
+    bury_runners(store)
+    document = intent_document(get_intent(store, find_id(store, "intent", id)))
+    app.show(document, lambda: show_record(document))
+
+
+@command("intent wait", arg("ids", "id", nargs=-1, required=True, metavar="ID…"), opt("--timeout", kind="duration", help="Wait at most so long (exit 6)."))
+def intent_wait(app: App, ids: tuple[str, ...], timeout: int | None) -> int:
+    """Wait until the intents have ended: 0 all completed, 1 one did not, 6 time is over."""
+    store = app.store()
+    full = [find_id(store, "intent", text) for text in ids]
+    if len(full) == 1:
+        return show_waited(app, store, full, timeout)
+    rows = wait_for(store, full, timeout)
+    documents = [intent_document(row) for row in rows]
+    app.show(documents, lambda: show_table(("INTENT", "STATUS", "PRIORITY", "DOMAIN", "GOAL"), [intent_cells(d) for d in documents], "no intents"))
+    return waited_status(rows)
+
+
+def wait_for(store: Store, ids: list[str], timeout: int | None) -> list[Row]:
+    """The intents' rows once all are final or the time is over."""
+    deadline = time.monotonic() + timeout / 1000 if timeout is not None else float("inf")
+    with contextlib.closing(Bell(store)) as bell:
+        while True:
+            bury_runners(store)
+            rows = [get_intent(store, intent_id) for intent_id in ids]
+            left = deadline - time.monotonic()
+            if left <= 0 or all(row["status"] in FINAL for row in rows):
+                return rows
+            bell.wait(left)
+
+
+def waited_status(rows: list[Row]) -> int:
+    if any(row["status"] not in FINAL for row in rows):
+        return WaitTimeoutError.exit_code
+    return 0 if all(row["status"] == "completed" for row in rows) else 1
+
+
+def show_waited(app: App, store: Store, ids: list[str], timeout: int | None) -> int:
+    rows = wait_for(store, ids, timeout)
+    document = intent_document(rows[0])
+    document["task_id"] = document["htm_task_id"]
+    app.show(document, lambda: write_out(f"{document['intent_id']}  {document['task_id']}  {document['status']}"))
+    return waited_status(rows)
+
+
+@command("intent cancel", arg("id", "id"))
+def intent_cancel(app: App, id: str) -> None:
+    """End an open intent and its task."""
+    store = app.store()
+
+    def work(tx: Tx) -> Row:
+        intent = get_intent(tx, find_id(tx, "intent", id))
+        if intent["status"] in FINAL:
+            raise ConflictError(f"the intent {intent['intent_id']} has ended already ({intent['status']})")
+        cancel(tx, get_task(tx, intent["htm_task_id"] or ""), cause=calling_rescue(tx, intent["htm_task_id"]))
+        return get_intent(tx, intent["intent_id"])
+
+    document = intent_document(store.write(work))
+    app.show(document, lambda: write_out(f"{document['intent_id']}  {document['status']}"))
+
+
+@command("intent retry", arg("id", "id"))
+def intent_retry(app: App, id: str) -> None:
+    """Run an intent again: a new task with a new SLA window."""
+    store = app.store()
+
+    def work(tx: Tx) -> Row:
+        intent = get_intent(tx, find_id(tx, "intent", id))
+        return retry(tx, get_task(tx, intent["htm_task_id"] or ""), calling_rescue(tx, intent["htm_task_id"]))
+
+    document = task_document(store.write(work), clock())
+    app.show(document, lambda: write_out(f"{document['intent_id']}  {document['task_id']}"))
+
+
+def calling_rescue(reader: Reader, task_id: str | None) -> str | None:
+    """The rescue in whose process this command runs, if it is this task's."""
+    if task_id is None:
+        return None
+    return rescue_for(reader, task_id, None, os.environ.get("GRACE_ATTEMPT_ID") or "-", os.environ.get("GRACE_TASK_ID"))
+
+
+# ---- tasks
+
+
+@command("task list", *LIST_OPTIONS)
+def task_list(app: App, status: tuple[str, ...], domain: str | None, since: tuple[str, int] | None, limit: int) -> None:
+    """Tasks, newest first, rescues included."""
+    store = app.store()
+    bury_runners(store)
+    now = clock()
+    known = ("queued", "blocked", "assigned", "running", *FINAL)
+    documents = [task_document(row, now) for row in filtered(store, "htm_tasks", "task_id", status, known, domain, since, limit)]
+    app.show(documents, lambda: show_table(("TASK", "STATUS", "PRIORITY", "SLA", "GOAL"), [task_cells(d) for d in documents], "no tasks"))
+
+
+@command("task show", arg("id", "id"))
+def task_show(app: App, id: str) -> None:
+    """All that is known of a task."""
+    store = app.store()
+    bury_runners(store)
+    document = task_document(get_task(store, find_id(store, "task", id)), clock())
+    app.show(document, lambda: show_record(document))
+
+
+@command("task explain", arg("id", "id"))
+def task_explain(app: App, id: str) -> None:
+    """Why a task waits, what comes next, and its story."""
+    store = app.store()
+    bury_runners(store)
+    document = explain_task(store, get_task(store, find_id(store, "task", id)))
+
+    def plain() -> None:
+        write_out(f"{document['task_id']}  {document['status']}  {printable(document['goal'])}")
+        for why in document["why"]:
+            write_out(f"  because {printable(why['text'])}")
+        for step in document["next_steps"]:
+            write_out(f"  next    {step['due_at']}  {step['step']}")
+        for entry in document["story"]:
+            write_out(f"  {entry['at']}  {printable(entry['text'])}")
+
+    app.show(document, plain)
+
+
+@command("task log", arg("id", "id"), opt("-f", "--follow", is_flag=True, help="Go on until the task has ended."),
+         opt("--attempt", kind="attempts", help="All starts with this number [default: the last]."))  # fmt: skip
+def task_log(app: App, id: str, follow: bool, attempt: int | None) -> None:
+    """What a task's attempts wrote."""
+    store = app.store()
+    task_id = find_id(store, "task", id)
+    attempts = store.all(ATTEMPTS_OF, id=task_id)
+    number = attempt if attempt is not None else attempts[-1]["attempt_number"] if attempts else None
+    chosen = [row for row in attempts if row["attempt_number"] == number]
+    if attempt is not None and not chosen:
+        raise NotFoundError(f"the task {task_id} has no attempt {attempt}")
+    if follow:
+        follow_log(app, store, task_id, chosen)
+    elif app.json:
+        write_json({"task_id": task_id, "attempts": [{**attempt_document(row), "text": read_log(store, row).decode(errors="replace")} for row in chosen]})
+    else:
+        for row in chosen:
+            write_log(read_log(store, row))
+
+
+def read_log(store: Store, attempt: Row, start: int = 0) -> bytes:
+    try:
+        with open(attempt_path(store.path, attempt["attempt_id"], "log"), "rb") as file:
+            file.seek(start)
+            return file.read()
+    except FileNotFoundError:
+        return b""
+
+
+ANSI_COLOUR = re.compile(r"(\033\[[0-9;]*m)")
+
+
+def write_log(data: bytes) -> None:
+    """Raw when piped; on a terminal escaped, with colours, tabs and line ends kept."""
+    if not on_terminal():
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+        return
+    for line in data.decode(errors="replace").splitlines(keepends=True):
+        body = line.rstrip("\r\n")
+        parts = [part if number % 2 else "\t".join(map(printable, part.split("\t"))) for number, part in enumerate(ANSI_COLOUR.split(body))]
+        sys.stdout.write("".join(parts) + ("\n" if line != body else ""))
+    sys.stdout.flush()
+
+
+def follow_log(app: App, store: Store, task_id: str, attempts: list[Row]) -> None:
+    """Write what is there and what comes, over all further attempts, until the task is final."""
+    seen: dict[str, int] = {}
+    first = attempts[0]["created_at"] if attempts else 0
+    while True:
+        final = get_task(store, task_id)["status"] in FINAL and not store.one(OPEN_ATTEMPT, id=task_id)
+        for row in [row for row in store.all(ATTEMPTS_OF, id=task_id) if row["created_at"] >= first]:
+            data = read_log(store, row, seen.get(row["attempt_id"], 0))
+            seen[row["attempt_id"]] = seen.get(row["attempt_id"], 0) + len(data)
+            if data and app.json:
+                write_json({"task_id": task_id, "attempt_id": row["attempt_id"], "attempt": row["attempt_number"], "text": data.decode(errors="replace")})
+            elif data:
+                write_log(data)
+        sys.stdout.flush()
+        if final:
+            return
+        time.sleep(0.5)
+
+
+@command("task cancel", arg("id", "id"))
+def task_cancel(app: App, id: str) -> None:
+    """End an open task; its process is ended too."""
+    change_task(app, lambda tx: cancel(tx, get_task(tx, task_id := find_id(tx, "task", id)), cause=calling_rescue(tx, task_id)))
+
+
+@command("task retry", arg("id", "id"))
+def task_retry(app: App, id: str) -> None:
+    """A new task in place of this one, with a new SLA window."""
+    change_task(app, lambda tx: retry(tx, get_task(tx, task_id := find_id(tx, "task", id)), calling_rescue(tx, task_id)))
+
+
+def change_task(app: App, work: Callable[[Tx], Row]) -> None:
+    """One transaction that ends in a task; show it."""
+    document = task_document(app.store().write(work), clock())
+    app.show(document, lambda: write_out(f"{document['task_id']}  {document['status']}"))
+
+
+WORKER_OPTIONS = (
+    opt("--worker", kind="worker", envvar="GRACE_WORKER", required=True, help="Your worker's id."),
+    opt("--attempt-id", kind="id", envvar="GRACE_ATTEMPT_ID", help="Refuse unless this attempt still owns the task."),
+)
+
+
+@command("task claim", opt("--handler", kind="name", multiple=True, required=True, help="Whose tasks (repeatable)."),
+         opt("--worker", kind="worker", required=True, help="Your worker's id."),
+         opt("--lease", kind="duration", default=MINUTE, help="How long without a heartbeat [default: 60s]."),
+         opt("--wait", kind="duration", help="Wait so long for a task."))  # fmt: skip
+def task_claim(app: App, handler: tuple[str, ...], worker: str, lease: int, wait: int | None) -> int | None:
+    """Take the next task of these handlers, for a worker that is not grace."""
+    store = app.store()
+    for name in handler:
+        find_handler(store, name)
+    bury_runners(store)
+    task = store.write(lambda tx: claim_external(tx, handler, worker, lease))
+    if task is None and wait is not None:
+        task = wait_to_claim(store, handler, worker, lease, wait)
+    if task is None:
+        app.show(None, lambda: write_out("nothing to claim"))
+        return WaitTimeoutError.exit_code
+    document = {**task_document(task, clock()), "attempt_id": task["attempt_id"], "lease_expires_at": format_instant(task["lease_expires_at"])}
+    if task["task_type"] == "rescue":
+        document["payload"]["context"].update(stuck_facts(store, task["parent_task_id"]))
+    app.show(document, lambda: show_record(document))
+    return None
+
+
+def wait_to_claim(store: Store, handlers: tuple[str, ...], worker: str, lease: int, wait: int) -> Row | None:
+    deadline = time.monotonic() + wait / 1000
+    with contextlib.closing(Bell(store)) as bell:
+        while True:
+            task: Row | None = store.write(lambda tx: claim_external(tx, handlers, worker, lease), durable=True, knock=False)
+            left = deadline - time.monotonic()
+            if task is not None or left <= 0:
+                return task
+            due = next_instant(store)
+            bell.wait(min(left, max(0.001, (due - clock()) / 1000)) if due is not None else left)
+
+
+@command("task heartbeat", arg("id", "id"), *WORKER_OPTIONS)
+def task_heartbeat(app: App, id: str, worker: str, attempt_id: str | None) -> None:
+    """Renew the lease of a claimed task."""
+    store = app.store()
+
+    def work(tx: Tx) -> Row:
+        task_id = find_id(tx, "task", id)
+        return {"task_id": task_id, "lease_expires_at": format_instant(heartbeat(tx, task_id, worker, attempt_id))}
+
+    document = store.write(work, durable=False, knock=False)
+    app.show(document, lambda: write_out(f"{document['task_id']}  lease until {document['lease_expires_at'] or '-'}"))
+
+
+@command("task progress", arg("id", "id"), arg("done", Checked("number", fraction(0, 999_999))), arg("total", Checked("number", fraction(0, 999_999))),
+         opt("--note", kind="note", help="What it is doing."), opt("--worker", kind="worker", envvar="GRACE_WORKER", help="Your worker's id."),
+         opt("--attempt-id", kind="id", envvar="GRACE_ATTEMPT_ID", help="Refuse unless this attempt still owns the task."))  # fmt: skip
+def task_progress(app: App, id: str, done: float, total: float, note: str | None, worker: str | None, attempt_id: str | None) -> None:
+    """Say how far a running task has come: DONE of TOTAL."""
+    if done > total:
+        raise UsageError("DONE is larger than TOTAL")
+
+    def work(tx: Tx) -> Row:
+        task_id = find_id(tx, "task", id)
+        progress(tx, task_id, worker, attempt_id, done, total, note)
+        return get_task(tx, task_id)
+
+    document = task_document(app.store().write(work, durable=False), clock())
+    app.show(document, lambda: write_out(f"{document['task_id']}  {done:g} of {total:g}"))
+
+
+@command("task complete", arg("id", "id"), *WORKER_OPTIONS, opt("--result", kind="json", metavar="JSON", help="JSON, @FILE, or - for stdin."))
+def task_complete(app: App, id: str, worker: str, attempt_id: str | None, result: Any) -> None:
+    """A claimed task is done."""
+    end_by_command(app, id, worker, attempt_id, {"outcome": "completed", "result": result})
+
+
+@command("task fail", arg("id", "id"), *WORKER_OPTIONS, opt("--error", kind="error", required=True, help="What went wrong."),
+         opt("--no-retry", is_flag=True, help="Do not try again."))  # fmt: skip
+def task_fail(app: App, id: str, worker: str, attempt_id: str | None, error: str, no_retry: bool) -> None:
+    """An attempt at a claimed task has failed."""
+    end_by_command(app, id, worker, attempt_id, {"outcome": "failed", "error": error, "retry": not no_retry})
+
+
+def end_by_command(app: App, text: str, worker: str, attempt_id: str | None, ending: Row) -> None:
+    def work(tx: Tx) -> Row:
+        task_id = find_id(tx, "task", text)
+        tx.actor = f"worker:{worker}"
+        return complete_by_command(tx, task_id, worker, attempt_id, os.environ.get("GRACE_TASK_ID"), ending)
+
+    change_task(app, work)
+
+
+# ---- handlers
+
+
+@command("handler add", arg("name", Checked("name", lambda text: named("a handler", text))), arg("cmd", nargs=-1, metavar="[-- CMD ARGS…]"),
+         opt("--sla", "sla_ms", kind="duration", help="The deadline of its tasks where none is given."),
+         opt("--timeout", "timeout_ms", kind="duration", help="End an attempt after this long."),
+         opt("--kill-after", "kill_after_ms", kind="duration", default=10 * SECOND, help="From TERM to KILL [default: 10s]."),
+         opt("--max-attempts", kind="attempts", default=3, show_default=True, help="How often a task is tried."),
+         opt("--max-recoveries", kind=Checked("number", whole(0, 1000)), default=5, show_default=True, help="How often it is put back after its worker died."),
+         opt("--backoff", "backoff_ms", kind="duration", default=5 * SECOND, help="Pause before the second attempt, doubling [default: 5s]."),
+         opt("--concurrency", kind=Checked("number", whole(1, 10_000)), help="How many of its tasks may run at once."),
+         opt("--rescue", kind="name", help="The handler that rescues its stuck tasks [default: built in]."),
+         opt("--warn-at", kind=Checked("ratio", fraction(0.01, 1)), default=0.8, show_default=True, help="Warning at this part of the SLA."),
+         opt("--critical-at", kind=Checked("ratio", fraction(1, 1000)), default=2.0, show_default=True, help="Rescue at this part of the SLA."),
+         opt("--on-critical", kind=Checked("word", one_of(("rescue", "retry", "none"))), default="rescue", show_default=True, help="rescue, retry or none."),
+         opt("--cwd", help="Where it runs [default: here]."), opt("--env", kind=Checked("K=V", parse_variable), multiple=True, help="A variable for it (repeatable)."),
+         opt("--external", is_flag=True, help="No command: other programs claim its tasks."),
+         opt("--replace", is_flag=True, help="Change one that exists."))  # fmt: skip
+def handler_add(app: App, name: str, cmd: tuple[str, ...], external: bool, replace: bool, cwd: str | None, env: tuple[tuple[str, str], ...], **options: Any) -> None:
+    """Name a command that does work, or with --external a queue for other programs.
+
+    An argument that is exactly {goal}, {task_id} or {context.KEY} is replaced by the task's own."""
+    if external == bool(cmd):
+        raise UsageError("write the command after --, or --external", f"such as: grace handler add {name} --sla 5m -- /usr/local/bin/work {{context.folder}}")
+    if options["rescue"] == name:
+        raise UsageError("--rescue: a handler cannot rescue itself, or its work would run twice at once")
+    if options["warn_at"] >= options["critical_at"]:
+        raise UsageError("--warn-at must lie below --critical-at")
+    try:
+        for word in cmd:
+            check_text(word or " ", "an argument of the command", 100_000)
+        folder = check_text(os.path.abspath(cwd or os.getcwd()), "--cwd", 4000)
+    except (ValueError, OSError) as error:
+        raise UsageError(f"CMD: {error}") from None
+    if cwd and not os.path.isdir(folder):
+        raise UsageError(f"--cwd: {cwd!r} is not a directory")
+    row = {"name": name, "argv": to_json(list(cmd)) if cmd else None, "external": int(external), "cwd": folder, "env": to_json(dict(env)), **options}
+    change_handler(app, lambda tx: put_handler(tx, row, replace))
+
+
+def change_handler(app: App, work: Callable[[Tx], Row]) -> None:
+    document = handler_document(app.store().write(work))
+    app.show(document, lambda: write_out(f"{document['name']}  " + ("external" if document["external"] else printable(" ".join(document["argv"])))
+                                         + ("  paused" if document["paused"] else "")))  # fmt: skip
+
+
+@command("handler list")
+def handler_list(app: App) -> None:
+    """All handlers."""
+    store = app.store()
+    documents = [handler_document(row) for row in store.all(LIST_HANDLERS)]
+    rows = [(d["name"], format_duration(d["sla_ms"]), "paused" if d["paused"] else "ready",
+             "(external)" if d["external"] else printable(" ".join(d["argv"]))) for d in documents]  # fmt: skip
+    app.show(documents, lambda: show_table(("HANDLER", "SLA", "STATE", "COMMAND"), rows, "no handlers; make one: grace handler add NAME -- CMD"))
+
+
+@command("handler show", arg("name", "name"))
+def handler_show(app: App, name: str) -> None:
+    """One handler with all its options."""
+    document = handler_document(find_handler(app.store(), name))
+    app.show(document, lambda: show_record(document))
+
+
+@command("handler remove", arg("name", "name"))
+def handler_remove(app: App, name: str) -> None:
+    """Forget a handler that has no unfinished tasks."""
+    change_handler(app, lambda tx: remove_handler(tx, name))
+
+
+@command("handler pause", arg("name", "name"))
+def handler_pause(app: App, name: str) -> None:
+    """Start none of its tasks; their SLA clocks run on."""
+    change_handler(app, lambda tx: pause_handler(tx, name, True))
+
+
+@command("handler resume", arg("name", "name"))
+def handler_resume(app: App, name: str) -> None:
+    """Start its tasks again."""
+    change_handler(app, lambda tx: pause_handler(tx, name, False))
+
+
+# ---- daemon and what it shows
+
+
+@command("daemon", opt("--workers", kind=Checked("number", parse_workers), metavar="N", help="Slots [default: the processors]."),
+         opt("--handler", kind="name", multiple=True, help="Only these handlers (repeatable)."),
+         opt("--grace-period", kind="duration", default=30 * SECOND, help="How long handlers may finish when it stops [default: 30s]."),
+         opt("--once", is_flag=True, help="Run what is runnable now, then end."),
+         opt("--drain", is_flag=True, help="Claim nothing, wait for what runs, then end."))  # fmt: skip
+def daemon_command(app: App, workers: int | None, handler: tuple[str, ...], grace_period: int, once: bool, drain: bool) -> None:
+    """Run the queue: ladder, bridge, workers, rescues. TERM or Ctrl-C stops it in good order, HUP renews it in place."""
+    if once and drain:
+        raise UsageError("--once and --drain exclude each other")
+    store = app.store()
+    for name in handler:
+        find_handler(store, name)
+    Daemon(store, workers or processors(), list(handler), grace_period, once, drain, say_json if app.json else say_plain).run()
+
+
+def processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def say_json(what: str, facts: Row) -> None:
+    write_json({"at": format_instant(clock()), "what": what, **facts})
+    sys.stdout.flush()
+
+
+def say_plain(what: str, facts: Row) -> None:
+    shown = "  ".join(f"{name}={printable(str(value))}" for name, value in facts.items() if value is not None and value is not False)
+    write_out(f"{format_instant(clock())}  {what}  {shown}")
+    sys.stdout.flush()
+
+
+@command("violations", opt("--level", kind=Checked("level", one_of(LEVELS[1:])), default="violated", show_default=True, help="This level and above."),
+         opt("--all", "everything", is_flag=True, help="Finished tasks too."), opt("--limit", kind="limit", default=50, show_default=True, help="At most so many."))  # fmt: skip
+def violations_command(app: App, level: str, everything: bool, limit: int) -> None:
+    """Tasks that are past a threshold of their SLA."""
+    store, now = app.store(), clock()
+    rows = store.all(VIOLATIONS, level=LEVELS.index(level), everything=int(everything), n=limit)
+    documents = [violation_document(row, now) for row in rows]
+    cells = [(d["task_id"], d["level"], d["status"], f"{format_duration(d['overdue_ms'])} (+{d['overdue_percent']:.0f}%)", d["task_type"]) for d in documents]
+    app.show(documents, lambda: show_table(("TASK", "LEVEL", "STATUS", "OVERDUE", "TYPE"), cells, "no violations"))
+
+
+VIOLATIONS = """SELECT * FROM violations WHERE escalation_level >= :level AND (:everything = 1 OR finished_at IS NULL)
+  ORDER BY escalation_level DESC, sla_deadline, seq LIMIT :n"""
+
+
+@command("status")
+def status_command(app: App) -> None:
+    """One screen: daemons, depths, violations, what is wrong."""
+    store = app.store()
+    bury_runners(store)
+    document = status_document(store)
+    app.show(document, lambda: show_status(document))
+
+
+def show_status(document: Row) -> None:
+    from tabulate import tabulate
+
+    daemons = [row for row in document["workers"] if row["kind"] == "daemon"]
+    rate = document["sla_compliance_rate"]
+    left = [("daemon", ", ".join(f"{'alive' if row['alive'] else 'dead'} (pid {row['pid']}, {row['slots']} slots)" for row in daemons) or "none"),
+            ("active", document["active_tasks"]),
+            ("queued", f"{document['queued_tasks']}  ({', '.join(f'{name} {n}' for name, n in document['queue_depths'].items())})"),
+            ("oldest queued", format_duration(document["longest_queued_ms"])), ("blocked", document["blocked_tasks"]),
+            ("completed", document["completed_tasks"]), ("failed", document["failed_tasks"]), ("cancelled", document["cancelled_tasks"]),
+            ("SLA met", "-" if rate is None else f"{100 * rate:.1f} %"), ("violations", f"{document['active_violations']} now, {document['total_violations']} ever"),
+            ("rescues", f"{document['sub_agents_spawned']} spawned, {document['tasks_rescued']} tasks completed after one"),
+            ("recovered", document["tasks_recovered"])]  # fmt: skip
+    write_out(tabulate(left, tablefmt="plain", disable_numparse=True))
+    for problem in document["problems"]:
+        write_out(f"! {printable(problem['message'])}\n  {printable(problem['hint'])}")
+
+
+# ---- events
+
+
+@command("events ", opt("--topic", kind=Checked("glob", glob_of), default="*", help="Only topics like this, such as htm.sla.*"),
+         opt("--since", kind="since", help="After an event's id, an instant, or a duration ago."),
+         opt("--limit", kind="limit", help="At most so many [default: 100]."), opt("--follow", "-f", is_flag=True, help="Go on with what comes."),
+         opt("--consumer", kind="name", help="Go on where this reader stopped; its place is kept."))  # fmt: skip
+def events_command(app: App, topic: str, since: tuple[str, int] | None, limit: int | None, follow: bool, consumer: str | None) -> None:
+    """What happened, in order: the newest, or from a place on."""
+    store = app.store()
+    if consumer or follow:
+        stream_events(app, store, topic, since, limit, follow, consumer)
+        return
+    if since is None:
+        rows = events_newest(store, topic, limit or 100)
+    else:
+        after = since[1] if since[0] == "event" else 0
+        rows = events_after(store, after, instant_since(since, clock()) if since[0] != "event" else 0, topic, limit or 100)
+    documents = [event_document(row) for row in rows]
+
+    def plain() -> None:
+        for document in documents:
+            write_out(event_line(document))
+
+    app.show(documents, plain)
+
+
+def event_line(event: Row) -> str:
+    payload = {key: value for key, value in event["payload"].items() if value is not None} if isinstance(event["payload"], dict) else event["payload"]
+    return printable(f"{event['id']}  {event['created_at']}  {event['topic']}  {json.dumps(payload, ensure_ascii=False)}")
+
+
+def stream_events(app: App, store: Store, topic: str, since: tuple[str, int] | None, limit: int | None, follow: bool, consumer: str | None) -> None:
+    """Event by event; a consumer's cursor moves after each line that was written out."""
+    place = store.value(GET_CURSOR, name=consumer) if consumer else None
+    moment = 0
+    if place is None and since is not None:
+        place, moment = (since[1], 0) if since[0] == "event" else (0, instant_since(since, clock()))
+    if place is None:
+        place = 0 if consumer else first_of_newest(store, topic, limit or 10)
+    left = limit if limit is not None and (consumer or since) else None
+    bell = Bell(store) if follow else None
+    try:
+        while True:
+            rows = events_after(store, place, moment, topic, min(500, left if left is not None else 500))
+            for row in rows:
+                document = event_document(row)
+                app.show(document, lambda document=document: write_out(event_line(document)))  # type: ignore[misc]
+                sys.stdout.flush()
+                place = row["seq"]
+                if consumer:
+                    keep_place(store, consumer, place)
+            left = None if left is None else left - len(rows)
+            if left == 0 or (not rows and bell is None):
+                return
+            if not rows and bell is not None:
+                bell.wait(1.0)
+    finally:
+        if bell is not None:
+            bell.close()
+
+
+def keep_place(store: Store, consumer: str, place: int) -> None:
+    store.write(lambda tx: tx.run(SET_CURSOR, name=consumer, seq=place, now=tx.now), durable=False, knock=False)
+
+
+def first_of_newest(store: Store, topic: str, n: int) -> int:
+    rows = events_newest(store, topic, n)
+    return rows[0]["seq"] - 1 if rows else int(store.value(LAST_EVENT))
+
+
+@command("events publish", arg("topic", Checked("topic", own_topic)), arg("payload", "json", required=False, default="{}"))
+def events_publish(app: App, topic: str, payload: Any) -> None:
+    """Put a fact of your own on the bus: TOPIC and JSON (or @FILE, or - for stdin)."""
+    seq = app.store().write(lambda tx: publish(tx, topic, payload))
+    app.show({"id": event_id(seq), "topic": topic}, lambda: write_out(event_id(seq)))
+
+
+# ---- settings
+
+
+@command("config list")
+def config_list(app: App) -> None:
+    """All settings."""
+    store = app.store()
+    documents = [setting_document(store, name) for name in SETTINGS]
+    rows = [(d["name"], str(d["value"]), "" if d["is_default"] else "set", d["description"]) for d in documents]
+    app.show(documents, lambda: show_table(("SETTING", "VALUE", "", "WHAT IT DOES"), rows, ""))
+
+
+@command("config get", arg("name"))
+def config_get(app: App, name: str) -> None:
+    """One setting's value."""
+    document = setting_document(app.store(), known_setting(name))
+    app.show(document, lambda: write_out(str(document["value"])))
+
+
+@command("config set", arg("name"), arg("value"))
+def config_set(app: App, name: str, value: str) -> None:
+    """Change a setting."""
+    try:
+        parsed = parse_setting(known_setting(name), value)
+    except ValueError as error:
+        raise UsageError(f"VALUE: {error}") from None
+    show_changed_setting(app, name, lambda tx: set_setting(tx, name, parsed))
+
+
+@command("config unset", arg("name"))
+def config_unset(app: App, name: str) -> None:
+    """Back to the default."""
+    show_changed_setting(app, known_setting(name), lambda tx: unset_setting(tx, name))
+
+
+def show_changed_setting(app: App, name: str, change: Callable[[Tx], None]) -> None:
+    store = app.store()
+    store.write(change)
+    document = setting_document(store, name)
+    app.show(document, lambda: write_out(f"{name}  {document['value']}"))
+
+
+# ---- demo
+
+
+@command("demo")
+def demo_command(app: App) -> None:
+    """A tour of half a minute with real processes on a throw-away database."""
+    import shutil
+    import tempfile
+
+    folder = tempfile.mkdtemp(prefix="grace-demo-")
+    tour = Tour(app, os.path.join(folder, "demo.db"))
+    try:
+        tour.walk()
+    finally:
+        tour.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+    if app.json:
+        write_json({"database": tour.path, "steps": tour.steps})
+
+
+class Tour:
+    """The demo: commands as one would type them, their real output, and a real daemon in the background."""
+
+    def __init__(self, app: App, path: str):
+        self.app, self.path, self.steps, self.daemon = app, path, [], None  # type: tuple[App, str, list[Row], Any]
+
+    def say(self, text: str) -> None:
+        if not self.app.json:
+            write_out(text)
+            sys.stdout.flush()
+
+    def type(self, *words: str) -> Row:
+        """Call grace with these words, show both, and keep them."""
+        import shlex
+        import subprocess
+
+        self.say(f"$ grace {shlex.join(words)}")
+        done = subprocess.run([*own_command(), "--db", self.path, *words], check=False, capture_output=True, text=True,
+                              stdin=subprocess.DEVNULL)  # fmt: skip
+        step: Row = {"command": ["grace", *words], "exit_status": done.returncode, "output": done.stdout + done.stderr}
+        self.steps.append(step)
+        self.say("".join(f"  {line}\n" for line in step["output"].splitlines()))
+        return step
+
+    def ask(self, *words: str) -> Any:
+        import subprocess
+
+        done = subprocess.run([*own_command(), "--db", self.path, *words, "--json"], check=True, capture_output=True, text=True)
+        return json.loads(done.stdout)
+
+    def walk(self) -> None:
+        import subprocess
+
+        text = os.path.join(os.path.dirname(os.path.abspath(__file__)), "schema.sql")
+        self.say("An intent is a goal with a deadline. A handler is the command that does it; a daemon runs the queue.\n")
+        self.type("handler", "add", "count_words", "--", "wc", "-w", "{context.file}")
+        self.type("handler", "add", "hold_the_slot", "--", "sleep", "8")
+        self.daemon = subprocess.Popen([*own_command(), "--db", self.path, "daemon", "--workers", "1", "--grace-period", "1s"],
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)  # fmt: skip
+        done = self.type("submit-intent", "Count the words of the schema", "--handler", "count_words", "--sla", "10s", "--context",
+                         json.dumps({"file": text}), "--wait", "--wait-timeout", "20s")  # fmt: skip
+        self.type("task", "log", done["output"].split()[1])
+        self.say("Now the only slot is taken for eight seconds, and a second intent has an SLA of one: it will be late.\n")
+        self.type("submit-intent", "Something long", "--handler", "hold_the_slot")
+        late = self.type("submit-intent", "Count them again, soon", "--handler", "count_words", "--sla", "1s", "--context", json.dumps({"file": text}))
+        self._until_critical(late["output"].split()[1])
+        self.type("violations", "--all")
+        self.type("task", "explain", late["output"].split()[1])
+        self.type("events", "--topic", "htm.sla.*", "--limit", "3")
+        self.say("At 80 % it was warned of, at 100 % escalated, at 200 % a rescue found that it never started and ran it in an\n"
+                 "extra slot. All of it is in the database, with the instants at which each step was due.\n\n"
+                 "What to type next:\n"
+                 "  grace handler add backup --sla 10m -- tar czf /tmp/etc.tgz /etc\n"
+                 '  grace submit-intent "Back up /etc" --handler backup\n'
+                 "  grace daemon --once\n"
+                 "  grace status\n")  # fmt: skip
+
+    def _until_critical(self, task_id: str) -> None:
+        for _ in range(150):
+            if self.ask("task", "show", task_id)["status"] in FINAL:
+                return
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        if self.daemon is not None:
+            self.daemon.terminate()
+            self.daemon.wait()
+
+
+# ---- the end of every command
+
+
+def before_separator(argv: list[str]) -> list[str]:
+    return argv[: argv.index("--")] if "--" in argv else argv
+
+
+def report(error: GraceError, as_json: bool) -> None:
+    """The one line, and the hint, that an error leaves on stderr."""
+    message = printable(error.message)
+    if as_json:
+        text = json.dumps({"error": {"code": error.code, "message": message, "hint": error.hint}})
+    else:
+        text = f"grace: {message}" + (f"\nhint: {printable(error.hint)}" if error.hint else "")
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text + "\n")
+
+
+def usage_error(error: click.UsageError) -> UsageError:
+    """click's complaint in our shape."""
+    return UsageError(first_line(error.format_message()), usage_hint(error.ctx))
+
+
+def call(argv: list[str]) -> int:
+    """Run one command; its exit status. Exceptions end here."""
+    as_json = "--json" in before_separator(argv)
+    try:
+        result = root_group().main(args=argv, prog_name="grace", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except GraceError as error:
+        report(error, as_json)
+        return error.exit_code
+    except click.UsageError as error:
+        report(usage_error(error), as_json)
+        return UsageError.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        return 130
+    except BrokenPipeError:
+        return 141  # as a shell shows a program that SIGPIPE has ended
+    except OSError as error:
+        report(GraceError(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")), as_json)
+        return GraceError.exit_code
+
+
+def main() -> None:
+    """The console script. The process ends at once: unwinding the interpreter would cost a tenth of a command's time."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    status = call(sys.argv[1:])
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

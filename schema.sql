@@ -1,0 +1,435 @@
+-- grace: the schema of its one SQLite file.
+--
+-- Two halves. TABLES are durable: a change to them is a numbered migration in grace.py. DERIVED (indexes, triggers,
+-- views) is dropped and made again by every upgrade.
+--
+-- Instants are integer milliseconds since 1970 UTC, durations integer milliseconds, truth is 0 or 1, JSON is text that
+-- json_valid accepts. No CHECK compares two instants, because clocks step back; durations are clamped at zero instead.
+-- Triggers do two things only: refuse what must never be, and record what has changed. Plain SQLite 3.38 or newer.
+
+-- ============================================================================================================ TABLES
+
+-- What this file knows of itself and what its owner has set; names with a leading underscore are grace's own.
+CREATE TABLE settings (
+  name       TEXT NOT NULL PRIMARY KEY,           -- 'queue.age_every', '_instance_id', '_events_floor', …
+  value      TEXT NOT NULL,                       -- as text; its type is the setting's
+  updated_at INTEGER NOT NULL
+) STRICT;
+
+-- The rungs of the SLA ladder; a further rung is a row here and a step in grace.py.
+CREATE TABLE sla_levels (
+  level INTEGER PRIMARY KEY,                      -- 0 none, 1 warning, 2 violated, 3 critical
+  name  TEXT NOT NULL UNIQUE,
+  topic TEXT                                      -- the event that reaching it writes
+) STRICT;
+
+INSERT INTO sla_levels (level, name, topic) VALUES
+  (0, 'none', NULL), (1, 'warning', 'htm.sla.warning'), (2, 'violated', 'htm.sla.violated'),
+  (3, 'critical', 'htm.sla.critical');
+
+-- The commands that do the work, by name. Tasks name their handler; a removed handler leaves finished tasks readable.
+CREATE TABLE handlers (
+  name           TEXT NOT NULL PRIMARY KEY CONSTRAINT handler_name CHECK (length(name) BETWEEN 1 AND 64),
+  argv           TEXT CONSTRAINT handler_argv CHECK (argv IS NULL OR (json_valid(argv) AND json_array_length(argv) > 0)),
+  cwd            TEXT,                            -- where it runs
+  env            TEXT NOT NULL DEFAULT '{}' CONSTRAINT handler_env CHECK (json_valid(env)),
+  external       INTEGER NOT NULL DEFAULT 0 CONSTRAINT handler_external CHECK (external IN (0, 1)),
+  paused         INTEGER NOT NULL DEFAULT 0 CONSTRAINT handler_paused CHECK (paused IN (0, 1)),
+  sla_ms         INTEGER CONSTRAINT handler_sla CHECK (sla_ms > 0),
+  timeout_ms     INTEGER CONSTRAINT handler_timeout CHECK (timeout_ms > 0),
+  kill_after_ms  INTEGER NOT NULL CONSTRAINT handler_kill_after CHECK (kill_after_ms > 0),
+  max_attempts   INTEGER NOT NULL CONSTRAINT handler_attempts CHECK (max_attempts > 0),
+  max_recoveries INTEGER NOT NULL CONSTRAINT handler_recoveries CHECK (max_recoveries >= 0),
+  backoff_ms     INTEGER NOT NULL CONSTRAINT handler_backoff CHECK (backoff_ms > 0),
+  concurrency    INTEGER CONSTRAINT handler_concurrency CHECK (concurrency > 0),
+  rescue         TEXT,                            -- the handler that rescues its stuck tasks; NULL: the built-in rescue
+  warn_at        REAL NOT NULL CONSTRAINT handler_warn_at CHECK (warn_at > 0 AND warn_at <= 1),
+  critical_at    REAL NOT NULL CONSTRAINT handler_critical_at CHECK (critical_at >= 1),
+  on_critical    TEXT NOT NULL CONSTRAINT handler_on_critical CHECK (on_critical IN ('rescue', 'retry', 'none')),
+  created_at     INTEGER NOT NULL,
+  updated_at     INTEGER NOT NULL,
+  CONSTRAINT handler_has_command_or_is_external CHECK ((argv IS NULL) = (external = 1))
+) STRICT;
+
+-- A goal somebody wants met. Its status follows its current task, in the same transaction.
+CREATE TABLE intent_records (
+  seq                 INTEGER PRIMARY KEY,        -- order of arrival
+  intent_id           TEXT NOT NULL UNIQUE CONSTRAINT intent_id_length CHECK (length(intent_id) BETWEEN 1 AND 128),
+  htm_task_id         TEXT REFERENCES htm_tasks (task_id) DEFERRABLE INITIALLY DEFERRED, -- its current task
+  goal                TEXT NOT NULL CONSTRAINT intent_goal CHECK (length(goal) BETWEEN 1 AND 2000),
+  expected_outcome    TEXT,
+  domain              TEXT NOT NULL,
+  handler             TEXT,                       -- who is to do it; NULL: a command run in the foreground
+  priority            TEXT NOT NULL CONSTRAINT intent_priority CHECK (priority IN ('critical', 'high', 'normal', 'low')),
+  status              TEXT NOT NULL CONSTRAINT intent_status CHECK (status IN
+                        ('created', 'dispatched', 'executing', 'completed', 'failed', 'timeout', 'cancelled')),
+  sla_ms              INTEGER CONSTRAINT intent_sla CHECK (sla_ms > 0),
+  sla_met             INTEGER CONSTRAINT intent_sla_met CHECK (sla_met IN (0, 1)),
+  success             INTEGER CONSTRAINT intent_success CHECK (success IN (0, 1)),
+  confidence          REAL CONSTRAINT intent_confidence CHECK (confidence BETWEEN 0 AND 1),
+  risk_level          TEXT CONSTRAINT intent_risk CHECK (risk_level IN ('low', 'medium', 'high', 'critical')),
+  context             TEXT NOT NULL CONSTRAINT intent_context CHECK (json_valid(context)),
+  result              TEXT CONSTRAINT intent_result CHECK (json_valid(result)),
+  created_at          INTEGER NOT NULL,
+  dispatched_at       INTEGER,
+  completed_at        INTEGER,                    -- when it reached a final status, whichever
+  actual_execution_ms INTEGER,
+  created_by          TEXT NOT NULL,
+  idempotency_key     TEXT,
+  learned_from        INTEGER NOT NULL DEFAULT 0 CONSTRAINT intent_learned_from CHECK (learned_from IN (0, 1)),
+  CONSTRAINT intent_final_has_end CHECK
+    ((status IN ('completed', 'failed', 'timeout', 'cancelled')) = (completed_at IS NOT NULL)),
+  CONSTRAINT intent_success_is_completed CHECK (success IS NULL OR (success = 1) = (status = 'completed'))
+) STRICT;
+
+-- One unit of work. An intent has one current task; a rescue is a child task, a retry is a new task.
+CREATE TABLE htm_tasks (
+  seq              INTEGER PRIMARY KEY,           -- order of arrival
+  task_id          TEXT NOT NULL UNIQUE,
+  intent_id        TEXT REFERENCES intent_records (intent_id) DEFERRABLE INITIALLY DEFERRED,
+  parent_task_id   TEXT REFERENCES htm_tasks (task_id), -- of a rescue: the stuck task
+  retry_of         TEXT REFERENCES htm_tasks (task_id), -- of a retry: the task it replaces
+  task_type        TEXT NOT NULL,                 -- the handler's name, 'command', or 'rescue'
+  domain           TEXT NOT NULL,
+  handler          TEXT,                          -- NULL: a foreground command, or a built-in rescue
+  goal             TEXT NOT NULL CONSTRAINT task_goal CHECK (length(goal) BETWEEN 1 AND 2000),
+  payload          TEXT NOT NULL CONSTRAINT task_payload CHECK (json_valid(payload)), -- what the handler is told
+  status           TEXT NOT NULL CONSTRAINT task_status CHECK (status IN ('queued', 'blocked', 'assigned', 'running',
+                     'completed', 'failed', 'timeout', 'cancelled')),
+  reason           TEXT,                          -- a word for why it is in this status
+  priority         TEXT NOT NULL CONSTRAINT task_priority CHECK (priority IN ('critical', 'high', 'normal', 'low')),
+  rank             INTEGER NOT NULL GENERATED ALWAYS AS (CASE priority WHEN 'critical' THEN 0 WHEN 'high' THEN 1
+                     WHEN 'normal' THEN 2 ELSE 3 END) STORED,
+  priority_reason  TEXT,                          -- why the priority last changed
+  order_at         INTEGER NOT NULL,              -- place within its class: the deadline, or queued_at and an allowance
+  available_at     INTEGER,                       -- not to be claimed before this instant; NULL: at once
+  next_at          INTEGER,                       -- when the ladder, urgency, ageing or available_at needs a look
+  aged_at          INTEGER NOT NULL,              -- since when it waits in its class (tasks without an SLA)
+  sla_ms           INTEGER CONSTRAINT task_sla CHECK (sla_ms > 0),
+  sla_deadline     INTEGER,
+  warn_at          REAL NOT NULL CONSTRAINT task_warn_at CHECK (warn_at > 0),
+  critical_at      REAL NOT NULL CONSTRAINT task_critical_at CHECK (critical_at > 0),
+  escalation_level INTEGER NOT NULL DEFAULT 0 REFERENCES sla_levels (level),
+  sla_met          INTEGER CONSTRAINT task_sla_met CHECK (sla_met IN (0, 1)),
+  sla_buffer_ms    INTEGER,                       -- deadline minus end; positive is early
+  set_aside        TEXT,                          -- why the ladder leaves this row alone
+  timeout_ms       INTEGER CONSTRAINT task_timeout CHECK (timeout_ms > 0),
+  max_attempts     INTEGER NOT NULL CONSTRAINT task_max_attempts CHECK (max_attempts > 0),
+  attempt_number   INTEGER NOT NULL DEFAULT 0 CONSTRAINT task_attempt_number CHECK (attempt_number >= 0),
+  recoveries       INTEGER NOT NULL DEFAULT 0 CONSTRAINT task_recoveries CHECK (recoveries >= 0), -- times put back
+  deaths           INTEGER NOT NULL DEFAULT 0 CONSTRAINT task_deaths CHECK (deaths >= 0), -- of them: worker died as it ran
+  created_at       INTEGER NOT NULL,
+  queued_at        INTEGER NOT NULL,              -- when its SLA clock starts
+  assigned_at      INTEGER,
+  started_at       INTEGER,                       -- the last attempt's start
+  finished_at      INTEGER,
+  assigned_worker  TEXT,                          -- the last attempt's worker
+  attempt_id       TEXT,                          -- the attempt that owns it now
+  queue_time_ms    INTEGER CONSTRAINT task_queue_time CHECK (queue_time_ms >= 0),
+  execution_time_ms INTEGER CONSTRAINT task_execution_time CHECK (execution_time_ms >= 0),
+  total_time_ms    INTEGER CONSTRAINT task_total_time CHECK (total_time_ms >= 0),
+  progress         TEXT CONSTRAINT task_progress CHECK (json_valid(progress)),
+  result           TEXT CONSTRAINT task_result CHECK (json_valid(result)),
+  error            TEXT,
+  exit_status      INTEGER,                       -- the last attempt's; 128+n for signal n
+  updated_at       INTEGER NOT NULL,              -- by the statement that changed the row last, and by whom
+  updated_by       TEXT NOT NULL,
+  CONSTRAINT task_final_has_end CHECK
+    ((status IN ('completed', 'failed', 'timeout', 'cancelled')) = (finished_at IS NOT NULL)),
+  CONSTRAINT task_owned_when_active CHECK
+    ((status IN ('assigned', 'running')) = (attempt_id IS NOT NULL)),
+  CONSTRAINT task_active_has_worker CHECK (attempt_id IS NULL OR assigned_worker IS NOT NULL),
+  CONSTRAINT task_final_has_no_next_step CHECK (finished_at IS NULL OR (next_at IS NULL AND available_at IS NULL)),
+  CONSTRAINT task_sla_has_deadline CHECK ((sla_ms IS NULL) = (sla_deadline IS NULL)),
+  CONSTRAINT task_rescue_has_parent CHECK (task_type <> 'rescue' OR parent_task_id IS NOT NULL)
+) STRICT;
+
+-- One run of a task by one worker. It commits before its process starts; the token is in that process's environment.
+CREATE TABLE htm_task_attempts (
+  attempt_id       TEXT NOT NULL PRIMARY KEY,
+  task_id          TEXT NOT NULL REFERENCES htm_tasks (task_id) ON DELETE CASCADE,
+  attempt_number   INTEGER NOT NULL,
+  worker_id        TEXT NOT NULL,
+  token            TEXT NOT NULL,                 -- random; tells this attempt's processes from all others
+  pid              INTEGER,                       -- the process group's leader
+  pid_started      INTEGER,                       -- its start time in clock ticks since boot
+  boot_id          TEXT,                          -- the boot that pid and pid_started belong to
+  lease_ms         INTEGER CONSTRAINT attempt_lease CHECK (lease_ms > 0), -- external workers only
+  lease_expires_at INTEGER,
+  stop_requested   TEXT,                          -- why its owner is to end it early
+  created_at       INTEGER NOT NULL,
+  started_at       INTEGER,
+  finished_at      INTEGER,
+  outcome          TEXT CONSTRAINT attempt_outcome CHECK (outcome IN
+                     ('completed', 'failed', 'timeout', 'cancelled', 'interrupted', 'lost', 'rescued')),
+  ended_by         TEXT,                          -- 'exit', 'TERM', 'KILL', 'command', 'recovery'
+  exit_status      INTEGER,
+  error            TEXT,
+  log_bytes        INTEGER NOT NULL DEFAULT 0,    -- bytes the process wrote
+  log_dropped      INTEGER NOT NULL DEFAULT 0,    -- of them not kept
+  CONSTRAINT attempt_end_has_outcome CHECK ((finished_at IS NULL) = (outcome IS NULL))
+) STRICT;
+
+-- What a blocked task waits for: each named intent must be completed.
+CREATE TABLE task_dependencies (
+  task_id   TEXT NOT NULL REFERENCES htm_tasks (task_id) ON DELETE CASCADE,
+  intent_id TEXT NOT NULL REFERENCES intent_records (intent_id) ON DELETE CASCADE,
+  PRIMARY KEY (task_id, intent_id)
+) STRICT;
+
+-- What came of each finished task that was not a rescue; the learning loop reads it.
+CREATE TABLE outcome_records (
+  seq              INTEGER PRIMARY KEY,
+  task_id          TEXT NOT NULL UNIQUE,
+  intent_id        TEXT,
+  action_type      TEXT NOT NULL,                 -- intent_DOMAIN
+  handler          TEXT,
+  domain           TEXT NOT NULL,
+  success          INTEGER NOT NULL CONSTRAINT outcome_success CHECK (success IN (0, 1)),
+  confidence_score REAL,
+  execution_time   REAL,                          -- seconds of the last attempt; NULL: never started
+  context          TEXT NOT NULL CONSTRAINT outcome_context CHECK (json_valid(context)),
+  created_at       INTEGER NOT NULL
+) STRICT;
+
+-- The durable bus. Instants inside grace's own payloads are integer milliseconds and shown as RFC 3339.
+CREATE TABLE events (
+  seq        INTEGER PRIMARY KEY,
+  topic      TEXT NOT NULL CONSTRAINT event_topic CHECK (length(topic) BETWEEN 1 AND 128),
+  source     TEXT NOT NULL,                       -- who wrote it
+  subject    TEXT,                                -- the id of what it is about
+  created_at INTEGER NOT NULL,
+  payload    TEXT NOT NULL CONSTRAINT event_payload CHECK (json_valid(payload))
+) STRICT;
+
+-- How far each named reader of the bus has come.
+CREATE TABLE event_cursors (
+  name       TEXT NOT NULL PRIMARY KEY,
+  seq        INTEGER NOT NULL,
+  updated_at INTEGER NOT NULL
+) STRICT;
+
+-- All-time totals, kept as they change, so that they cost nothing to read and survive retention.
+CREATE TABLE counters (
+  name  TEXT NOT NULL PRIMARY KEY,
+  value INTEGER NOT NULL
+) STRICT;
+
+-- How many tasks there are of each kind, kept as they change; an empty handler is a command or a built-in rescue.
+CREATE TABLE task_counts (
+  handler  TEXT NOT NULL,
+  status   TEXT NOT NULL,
+  priority TEXT NOT NULL,
+  level    INTEGER NOT NULL,
+  n        INTEGER NOT NULL,
+  PRIMARY KEY (handler, status, priority, level)
+) STRICT;
+
+-- Daemons and foreground runners. One is alive exactly while it holds the lock on its own file.
+CREATE TABLE workers (
+  worker_id    TEXT NOT NULL PRIMARY KEY,
+  kind         TEXT NOT NULL CONSTRAINT worker_kind CHECK (kind IN ('daemon', 'runner')),
+  pid          INTEGER NOT NULL,
+  lock_path    TEXT NOT NULL,
+  boot_id      TEXT NOT NULL,
+  slots        INTEGER NOT NULL,
+  state        TEXT NOT NULL CONSTRAINT worker_state CHECK (state IN ('running', 'draining', 'stopping', 'stopped')),
+  started_at   INTEGER NOT NULL,
+  heartbeat_at INTEGER NOT NULL,
+  stopped_at   INTEGER,
+  CONSTRAINT worker_stop_has_instant CHECK ((state = 'stopped') = (stopped_at IS NOT NULL))
+) STRICT;
+
+-- Processes that wait for a commit: a datagram to each of these sockets follows every change.
+CREATE TABLE waiters (
+  path       TEXT NOT NULL PRIMARY KEY,
+  pid        INTEGER NOT NULL,
+  created_at INTEGER NOT NULL
+) STRICT;
+
+-- Rows whose link between intent and task may be broken, noted by the triggers below for the bridge to repair.
+CREATE TABLE bridge_suspects (
+  seq       INTEGER PRIMARY KEY,
+  task_id   TEXT,
+  intent_id TEXT
+) STRICT;
+
+-- =========================================================================================================== DERIVED
+
+CREATE INDEX task_claim_order ON htm_tasks (handler, rank, order_at, seq)
+  WHERE status = 'queued' AND available_at IS NULL;
+CREATE INDEX task_next_step ON htm_tasks (next_at) WHERE next_at IS NOT NULL;
+CREATE INDEX task_queued_since ON htm_tasks (queued_at) WHERE status = 'queued' AND available_at IS NULL;
+CREATE INDEX task_set_aside ON htm_tasks (seq) WHERE set_aside IS NOT NULL AND finished_at IS NULL;
+CREATE INDEX task_of_intent ON htm_tasks (intent_id);
+CREATE INDEX task_rescues ON htm_tasks (parent_task_id) WHERE parent_task_id IS NOT NULL;
+CREATE INDEX task_retries ON htm_tasks (retry_of) WHERE retry_of IS NOT NULL;
+CREATE INDEX task_builtin_rescues ON htm_tasks (seq) WHERE task_type = 'rescue' AND handler IS NULL AND status = 'queued';
+CREATE INDEX task_beyond_sla ON htm_tasks (escalation_level, sla_deadline) WHERE escalation_level > 0;
+CREATE INDEX attempt_of_task ON htm_task_attempts (task_id);
+CREATE UNIQUE INDEX attempt_open_once ON htm_task_attempts (task_id) WHERE finished_at IS NULL;
+CREATE INDEX attempt_open_of_worker ON htm_task_attempts (worker_id) WHERE finished_at IS NULL;
+CREATE INDEX attempt_lease ON htm_task_attempts (lease_expires_at) WHERE finished_at IS NULL AND lease_ms IS NOT NULL;
+CREATE INDEX dependency_of_intent ON task_dependencies (intent_id);
+CREATE INDEX event_subject ON events (subject, seq) WHERE subject IS NOT NULL;
+CREATE UNIQUE INDEX intent_key ON intent_records (idempotency_key) WHERE idempotency_key IS NOT NULL;
+CREATE INDEX intent_of_task ON intent_records (htm_task_id) WHERE htm_task_id IS NOT NULL;
+CREATE INDEX intent_not_learned ON intent_records (seq) WHERE learned_from = 0 AND completed_at IS NOT NULL;
+CREATE INDEX worker_not_stopped ON workers (kind) WHERE stopped_at IS NULL;
+
+-- Refuse: steps between statuses that do not exist.
+CREATE TRIGGER task_starts_open BEFORE INSERT ON htm_tasks WHEN NEW.status NOT IN ('queued', 'blocked')
+BEGIN
+  SELECT RAISE(ABORT, 'a task starts queued or blocked');
+END;
+
+CREATE TRIGGER task_transition BEFORE UPDATE OF status ON htm_tasks
+WHEN OLD.status <> NEW.status AND (OLD.status || '>' || NEW.status) NOT IN (
+  'queued>assigned', 'queued>blocked', 'queued>cancelled',
+  'blocked>queued', 'blocked>failed', 'blocked>cancelled',
+  'assigned>running', 'assigned>queued', 'assigned>failed', 'assigned>cancelled',
+  'running>queued', 'running>completed', 'running>failed', 'running>timeout', 'running>cancelled')
+BEGIN
+  SELECT RAISE(ABORT, 'illegal task transition');
+END;
+
+CREATE TRIGGER task_final_stays BEFORE UPDATE OF status, reason, finished_at, result, sla_met, escalation_level,
+  exit_status, attempt_number ON htm_tasks
+WHEN OLD.finished_at IS NOT NULL
+BEGIN
+  SELECT RAISE(ABORT, 'a final task never changes');
+END;
+
+CREATE TRIGGER task_identity BEFORE UPDATE OF task_id, parent_task_id, retry_of, created_at ON htm_tasks
+BEGIN
+  SELECT RAISE(ABORT, 'the identity of a task never changes');
+END;
+
+CREATE TRIGGER intent_transition BEFORE UPDATE OF status ON intent_records
+WHEN OLD.status <> NEW.status AND (OLD.status || '>' || NEW.status) NOT IN (
+  'created>dispatched', 'created>cancelled',
+  'dispatched>executing', 'dispatched>completed', 'dispatched>failed', 'dispatched>timeout', 'dispatched>cancelled',
+  'executing>dispatched', 'executing>completed', 'executing>failed', 'executing>timeout', 'executing>cancelled',
+  'failed>dispatched', 'timeout>dispatched', 'cancelled>dispatched')
+BEGIN
+  SELECT RAISE(ABORT, 'illegal intent transition');
+END;
+
+CREATE TRIGGER attempt_ends_once BEFORE UPDATE OF finished_at, outcome ON htm_task_attempts WHEN OLD.finished_at IS NOT NULL
+BEGIN
+  SELECT RAISE(ABORT, 'an attempt ends once');
+END;
+
+-- Refuse: rewriting history. Events leave only below the floor that retention has written.
+CREATE TRIGGER event_never_changes BEFORE UPDATE ON events
+BEGIN
+  SELECT RAISE(ABORT, 'events are append-only');
+END;
+
+CREATE TRIGGER event_never_replaced BEFORE INSERT ON events
+WHEN NEW.seq IS NOT NULL AND EXISTS (SELECT 1 FROM events WHERE seq = NEW.seq)
+BEGIN
+  SELECT RAISE(ABORT, 'events are append-only');
+END;
+
+CREATE TRIGGER event_leaves_below_floor BEFORE DELETE ON events
+WHEN OLD.seq >= COALESCE((SELECT CAST(value AS INTEGER) FROM settings WHERE name = '_events_floor'), 0)
+BEGIN
+  SELECT RAISE(ABORT, 'events are append-only above the retention floor');
+END;
+
+CREATE TRIGGER outcome_never_changes BEFORE UPDATE ON outcome_records
+BEGIN
+  SELECT RAISE(ABORT, 'an outcome is recorded once');
+END;
+
+-- Record: each change of a task's status or priority is an event.
+CREATE TRIGGER task_created AFTER INSERT ON htm_tasks
+BEGIN
+  INSERT INTO events (topic, source, subject, created_at, payload)
+  VALUES ('htm.task.created', NEW.updated_by, NEW.task_id, NEW.updated_at, json_object('task_id', NEW.task_id,
+    'intent_id', NEW.intent_id, 'parent_task_id', NEW.parent_task_id, 'retry_of', NEW.retry_of, 'task_type', NEW.task_type,
+    'domain', NEW.domain, 'handler', NEW.handler, 'goal', NEW.goal, 'status', NEW.status, 'reason', NEW.reason,
+    'priority', NEW.priority, 'sla_ms', NEW.sla_ms, 'sla_deadline', NEW.sla_deadline));
+END;
+
+CREATE TRIGGER task_changed AFTER UPDATE OF status ON htm_tasks WHEN OLD.status <> NEW.status
+BEGIN
+  INSERT INTO events (topic, source, subject, created_at, payload)
+  VALUES (CASE WHEN NEW.finished_at IS NULL THEN 'htm.task.update' ELSE 'htm.task.' || NEW.status END,
+    NEW.updated_by, NEW.task_id, NEW.updated_at, json_object('task_id', NEW.task_id, 'intent_id', NEW.intent_id,
+    'handler', NEW.handler, 'status', NEW.status, 'previous_status', OLD.status, 'reason', NEW.reason,
+    'priority', NEW.priority, 'attempt_number', NEW.attempt_number, 'assigned_worker', NEW.assigned_worker,
+    'available_at', NEW.available_at, 'sla_met', CASE NEW.sla_met WHEN 1 THEN json('true') WHEN 0 THEN json('false') END,
+    'exit_status', NEW.exit_status, 'error', NEW.error, 'execution_time_ms', NEW.execution_time_ms));
+END;
+
+CREATE TRIGGER task_recovered AFTER UPDATE OF recoveries ON htm_tasks WHEN NEW.recoveries > OLD.recoveries
+BEGIN
+  INSERT INTO events (topic, source, subject, created_at, payload)
+  VALUES ('htm.task.recovered', NEW.updated_by, NEW.task_id, NEW.updated_at, json_object('task_id', NEW.task_id,
+    'intent_id', NEW.intent_id, 'handler', NEW.handler, 'status', NEW.status, 'recoveries', NEW.recoveries,
+    'lost_worker', OLD.assigned_worker));
+END;
+
+CREATE TRIGGER task_reprioritised AFTER UPDATE OF priority ON htm_tasks WHEN OLD.priority <> NEW.priority
+BEGIN
+  INSERT INTO events (topic, source, subject, created_at, payload)
+  VALUES ('htm.task.update', NEW.updated_by, NEW.task_id, NEW.updated_at, json_object('task_id', NEW.task_id,
+    'intent_id', NEW.intent_id, 'handler', NEW.handler, 'status', NEW.status, 'reason', NEW.priority_reason,
+    'priority', NEW.priority, 'previous_priority', OLD.priority));
+END;
+
+CREATE TRIGGER task_set_aside AFTER UPDATE OF set_aside ON htm_tasks WHEN OLD.set_aside IS NULL AND NEW.set_aside IS NOT NULL
+BEGIN
+  INSERT INTO events (topic, source, subject, created_at, payload)
+  VALUES ('htm.task.invalid', NEW.updated_by, NEW.task_id, NEW.updated_at, json_object('task_id', NEW.task_id,
+    'intent_id', NEW.intent_id, 'handler', NEW.handler, 'status', NEW.status, 'reason', NEW.set_aside));
+END;
+
+-- Record: links that somebody has broken, whoever it was.
+CREATE TRIGGER task_without_intent AFTER INSERT ON htm_tasks WHEN NEW.intent_id IS NULL
+BEGIN
+  INSERT INTO bridge_suspects (task_id) VALUES (NEW.task_id);
+END;
+
+CREATE TRIGGER task_unlinked AFTER UPDATE OF intent_id ON htm_tasks
+BEGIN
+  INSERT INTO bridge_suspects (task_id, intent_id) VALUES (NEW.task_id, OLD.intent_id);
+END;
+
+CREATE TRIGGER task_deleted AFTER DELETE ON htm_tasks WHEN OLD.intent_id IS NOT NULL AND OLD.parent_task_id IS NULL
+BEGIN
+  INSERT INTO bridge_suspects (intent_id) VALUES (OLD.intent_id);
+END;
+
+CREATE TRIGGER intent_without_task AFTER INSERT ON intent_records WHEN NEW.htm_task_id IS NULL
+BEGIN
+  INSERT INTO bridge_suspects (intent_id) VALUES (NEW.intent_id);
+END;
+
+CREATE TRIGGER intent_unlinked AFTER UPDATE OF htm_task_id ON intent_records
+WHEN NEW.htm_task_id IS NULL OR NOT EXISTS (SELECT 1 FROM htm_tasks WHERE task_id = NEW.htm_task_id)
+BEGIN
+  INSERT INTO bridge_suspects (task_id, intent_id) VALUES (OLD.htm_task_id, NEW.intent_id);
+END;
+
+CREATE TRIGGER intent_deleted AFTER DELETE ON intent_records WHEN OLD.htm_task_id IS NOT NULL
+BEGIN
+  INSERT INTO bridge_suspects (task_id, intent_id) VALUES (OLD.htm_task_id, OLD.intent_id);
+END;
+
+-- Ask: tasks past a threshold of their SLA, finished ones too.
+CREATE VIEW violations AS
+SELECT t.seq, t.task_id, t.intent_id, t.task_type, t.domain, t.handler, t.priority, t.sla_ms, t.queued_at, t.sla_deadline,
+       t.escalation_level, l.name AS level, t.assigned_worker, t.status, t.finished_at, t.created_at,
+       (SELECT r.task_id FROM htm_tasks r WHERE r.parent_task_id = t.task_id AND r.task_type = 'rescue' LIMIT 1) AS rescue_task_id
+FROM htm_tasks t JOIN sla_levels l ON l.level = t.escalation_level
+WHERE t.escalation_level > 0;
+
+-- Ask: how many tasks there are in each status, and in each class of the queue.
+CREATE VIEW status_totals AS
+SELECT status, SUM(n) AS n FROM task_counts GROUP BY status;
+
+CREATE VIEW queue_depths AS
+SELECT priority, SUM(n) AS n FROM task_counts WHERE status = 'queued' GROUP BY priority;
