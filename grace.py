@@ -339,7 +339,8 @@ def sla_verdict(status: str, deadline: int | None, level: int, now: int) -> int 
 
 def backoff_ms(base: int, attempt: int, spread: float) -> int:
     """The pause before the next attempt: doubling, at most an hour, within a quarter either way (spread 0 to 1)."""
-    return max(1, round(min(HOUR, base * 2 ** min(attempt - 1, 30)) * (0.75 + spread / 2)))
+    pause: float = min(HOUR, base * 2 ** min(attempt - 1, 30))
+    return max(1, round(pause * (0.75 + spread / 2)))
 
 
 def message_of(level: str, task: Row, elapsed: int) -> str:
@@ -1259,7 +1260,7 @@ def raise_level(tx: Tx, task: Row, level: int, due_at: int, ending: bool) -> Row
     if was_raised and task["status"] == "queued":
         tx.total("queue_reprioritizations")
     rescue = None if level < 3 or ending else spawn_rescue(tx, task)
-    action = {1: "warned", 2: "escalated" if was_raised else "recorded", 3: "rescue_spawned" if rescue else "recorded"}[level]
+    action = {1: "warned", 2: "escalated", 3: "rescue_spawned" if rescue else "recorded"}[level]
     emit(tx, f"htm.sla.{LEVELS[level]}", task["task_id"], step_payload(tx, task, level, due_at, action, rescue))
     return task
 
@@ -1573,7 +1574,8 @@ def requeue(tx: Tx, task: Row, reason: str, ending: Row, attempt_number: int, av
 
 def execution_ms(task: Row, now: int) -> int | None:
     """How long the attempt has run that ends now, or else the last one did."""
-    return max(0, now - task["started_at"]) if task["status"] == "running" else task["execution_time_ms"]
+    last: int | None = task["execution_time_ms"]
+    return max(0, now - int(task["started_at"])) if task["status"] == "running" else last
 
 
 def finish(tx: Tx, task: Row, status: str, reason: str | None, ending: Row, cause: str | None = None) -> Row:
@@ -2125,10 +2127,7 @@ class Supervisor:
                    "sla_deadline": format_instant(task["sla_deadline"])}  # fmt: skip
         payload.update(task.get("payload_facts", {}))
         argv = foreground or fill_argv(json.loads(handler["argv"]), payload)
-        environment = {**self.environment, **({} if foreground else json.loads(handler["env"])), **{
-            "GRACE_TASK_ID": task["task_id"], "GRACE_INTENT_ID": task["intent_id"] or "", "GRACE_ATTEMPT": str(task["attempt_number"]),
-            "GRACE_ATTEMPT_ID": task["attempt_id"], "GRACE_DEADLINE": payload["sla_deadline"] or "", "GRACE_DB": self.store.path,
-            "GRACE_RESULT": result, "GRACE_TOKEN": task["token"], "GRACE_WORKER": self.worker}}  # fmt: skip
+        environment = self._environment_of(task, {} if foreground else json.loads(handler["env"]), result)
         try:
             os.makedirs(os.path.dirname(result), mode=0o700, exist_ok=True)
             if not foreground:
@@ -2141,6 +2140,13 @@ class Supervisor:
             child.timeout_at = time.monotonic() + task["timeout_ms"] / 1000
         return child
 
+    def _environment_of(self, task: Row, own: dict[str, str], result: str) -> dict[str, str]:
+        """This process's environment without its GRACE_*, the handler's variables, and the attempt's facts."""
+        return {**self.environment, **own,
+                "GRACE_TASK_ID": task["task_id"], "GRACE_INTENT_ID": task["intent_id"] or "", "GRACE_ATTEMPT": str(task["attempt_number"]),
+                "GRACE_ATTEMPT_ID": task["attempt_id"], "GRACE_DEADLINE": format_instant(task["sla_deadline"]) or "",
+                "GRACE_DB": self.store.path, "GRACE_RESULT": result, "GRACE_TOKEN": task["token"], "GRACE_WORKER": self.worker}  # fmt: skip
+
     def _start(self, child: Child, program: str, argv: list[str], environment: dict[str, str], payload: str | None) -> None:
         """One pipe for a handler's output, two for a foreground command's; all our ends are closed on exec."""
         ends = [os.pipe() for _ in range(1 if payload is not None else 2)]
@@ -2148,10 +2154,10 @@ class Supervisor:
         actions = [(os.POSIX_SPAWN_DUP2, source, 0)] if payload is not None else []
         actions += [(os.POSIX_SPAWN_DUP2, ends[0][1], 1), (os.POSIX_SPAWN_DUP2, ends[-1][1], 2)]
         terminal = payload is None and os.isatty(0)
-        own = {"setpgroup": 0} if terminal else {"setsid": True}
+        own: Row = {"setpgroup": 0} if terminal else {"setsid": True}
         try:
             child.pid = os.posix_spawn(program, argv, environment, file_actions=actions, setsigmask=[],
-                                       setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGHUP], **own)  # type: ignore[arg-type]  # fmt: skip
+                                       setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGHUP], **own)  # fmt: skip
         except (OSError, ValueError) as error:
             for read_end, _ in ends:
                 os.close(read_end)
@@ -3318,6 +3324,8 @@ def reasons(store: Store, task: Row, now: int) -> list[tuple[str, str]]:
 def story_line(event: Row) -> str:
     """One event of a task for people."""
     payload, topic = event["payload"], event["topic"]
+    if not topic.startswith("htm."):
+        return str(topic)
     if topic.startswith("htm.sla."):
         return f"{payload['level']}: {payload['message']}" + (" (noticed late)" if payload["late"] else "")
     if topic == "htm.task.created":
@@ -3327,7 +3335,7 @@ def story_line(event: Row) -> str:
     if "previous_status" in payload:
         notes = [payload["reason"], payload["error"], payload["assigned_worker"] if payload["status"] in ("assigned", "running") else None]
         return f"{payload['previous_status']} → {payload['status']}" + "".join(f", {note}" for note in notes if note)
-    return topic
+    return str(topic)
 
 
 # =====================================================================================================================
@@ -3803,7 +3811,8 @@ def batch_value(key: str, value: Any) -> tuple[str, Any]:
     if key == "max_attempts" and isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1000:
         return key, value
     if key in ("context", "after", "confidence", "max_attempts"):
-        kinds = {"context": "an object", "after": "a list of intents' ids", "confidence": "a number from 0 to 1", "max_attempts": "a whole number from 1 to 1000"}
+        kinds = {"context": "an object", "after": "a list of intents' ids", "confidence": "a number from 0 to 1",
+                 "max_attempts": "a whole number from 1 to 1000"}  # fmt: skip
         raise ValueError(f"{key} is {kinds[key]}")
     raise ValueError(f"the key {key[:60]!r} is unknown; there are {', '.join(sorted([*BATCH_KEYS, 'context', 'after', 'confidence', 'max_attempts']))}")
 
@@ -4191,10 +4200,12 @@ def end_by_command(app: App, text: str, worker: str, attempt_id: str | None, end
          opt("--warn-at", kind=Checked("ratio", fraction(0.01, 1)), default=0.8, show_default=True, help="Warning at this part of the SLA."),
          opt("--critical-at", kind=Checked("ratio", fraction(1, 1000)), default=2.0, show_default=True, help="Rescue at this part of the SLA."),
          opt("--on-critical", kind=Checked("word", one_of(("rescue", "retry", "none"))), default="rescue", show_default=True, help="rescue, retry or none."),
-         opt("--cwd", help="Where it runs [default: here]."), opt("--env", kind=Checked("K=V", parse_variable), multiple=True, help="A variable for it (repeatable)."),
+         opt("--cwd", help="Where it runs [default: here]."),
+         opt("--env", kind=Checked("K=V", parse_variable), multiple=True, help="A variable for it (repeatable)."),
          opt("--external", is_flag=True, help="No command: other programs claim its tasks."),
          opt("--replace", is_flag=True, help="Change one that exists."))  # fmt: skip
-def handler_add(app: App, name: str, cmd: tuple[str, ...], external: bool, replace: bool, cwd: str | None, env: tuple[tuple[str, str], ...], **options: Any) -> None:
+def handler_add(app: App, name: str, cmd: tuple[str, ...], external: bool, replace: bool, cwd: str | None, env: tuple[tuple[str, str], ...],
+                **options: Any) -> None:  # fmt: skip
     """Name a command that does work, or with --external a queue for other programs.
 
     An argument that is exactly {goal}, {task_id} or {context.KEY} is replaced by the task's own."""
@@ -4291,7 +4302,8 @@ def say_plain(what: str, facts: Row) -> None:
 
 
 @command("violations", opt("--level", kind=Checked("level", one_of(LEVELS[1:])), default="violated", show_default=True, help="This level and above."),
-         opt("--all", "everything", is_flag=True, help="Finished tasks too."), opt("--limit", kind="limit", default=50, show_default=True, help="At most so many."))  # fmt: skip
+         opt("--all", "everything", is_flag=True, help="Finished tasks too."),
+         opt("--limit", kind="limit", default=50, show_default=True, help="At most so many."))  # fmt: skip
 def violations_command(app: App, level: str, everything: bool, limit: int) -> None:
     """Tasks that are past a threshold of their SLA."""
     store, now = app.store(), clock()
@@ -4324,7 +4336,8 @@ def show_status(document: Row) -> None:
             ("queued", f"{document['queued_tasks']}  ({', '.join(f'{name} {n}' for name, n in document['queue_depths'].items())})"),
             ("oldest queued", format_duration(document["longest_queued_ms"])), ("blocked", document["blocked_tasks"]),
             ("completed", document["completed_tasks"]), ("failed", document["failed_tasks"]), ("cancelled", document["cancelled_tasks"]),
-            ("SLA met", "-" if rate is None else f"{100 * rate:.1f} %"), ("violations", f"{document['active_violations']} now, {document['total_violations']} ever"),
+            ("SLA met", "-" if rate is None else f"{100 * rate:.1f} %"),
+            ("violations", f"{document['active_violations']} now, {document['total_violations']} ever"),
             ("rescues", f"{document['sub_agents_spawned']} spawned, {document['tasks_rescued']} tasks completed after one"),
             ("recovered", document["tasks_recovered"])]  # fmt: skip
     write_out(tabulate(left, tablefmt="plain", disable_numparse=True))
@@ -4360,8 +4373,15 @@ def events_command(app: App, topic: str, since: tuple[str, int] | None, limit: i
 
 
 def event_line(event: Row) -> str:
-    payload = {key: value for key, value in event["payload"].items() if value is not None} if isinstance(event["payload"], dict) else event["payload"]
-    return printable(f"{event['id']}  {event['created_at']}  {event['topic']}  {json.dumps(payload, ensure_ascii=False)}")
+    """An event for people: what it is about, and its message or its payload; on a terminal cut to the width."""
+    payload, told = event["payload"], story_line(event)
+    if told == event["topic"]:
+        plain = {key: value for key, value in payload.items() if value is not None} if isinstance(payload, dict) else payload
+        told = json.dumps(plain, ensure_ascii=False)
+    about = payload.get("task_id") if event["topic"].startswith("htm.") else None
+    line = printable("  ".join(part for part in (event["id"], event["created_at"], event["topic"], about, told) if part))
+    width = terminal_width()
+    return line if width is None else cut_text(line, width)
 
 
 def stream_events(app: App, store: Store, topic: str, since: tuple[str, int] | None, limit: int | None, follow: bool, consumer: str | None) -> None:
