@@ -33,10 +33,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import os
 import re
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -124,7 +126,8 @@ class DatabaseError(GraceError):
 
 # =====================================================================================================================
 # rules
-# Pure decisions: values in, a value out. No clock, no database, no print; what the time is, the caller says.
+# Pure decisions: values in, a value out. No clock, no database, no print; what the time is, the caller says. What is
+# decided here is done elsewhere, so that a decision can be tested without waiting for it.
 
 DURATION_UNITS = {"ms": 1, "s": SECOND, "m": MINUTE, "h": HOUR, "d": DAY}
 DURATION = re.compile(r"(?:[0-9]{1,15}(?:\.[0-9]{1,6})?(?:ms|s|m|h|d))+")
@@ -176,23 +179,31 @@ def format_instant(ms: int | None) -> str | None:
     if ms is None:
         return None
     seconds, rest = divmod(max(0, min(ms, MAX_INSTANT)), 1000)
-    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.") + f"{rest:03d}Z"
+    return f"{_format_second(seconds)}{rest:03d}Z"
 
 
-def _base32(number: int, width: int) -> str:
-    return "".join(ID_ALPHABET[number >> shift & 31] for shift in range(5 * (width - 1), -1, -5))
+@functools.lru_cache(64)
+def _format_second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.")
 
 
-_last_id = [0, 0]
+ID_PAIRS = [a + b for a in ID_ALPHABET for b in ID_ALPHABET]  # two characters for ten bits
+_last_id: list[Any] = [0, "", 0]
+
+
+def _base32(number: int) -> str:
+    """Nine characters for the lower 45 bits."""
+    pairs = ID_PAIRS
+    return f"{pairs[number >> 35 & 1023]}{pairs[number >> 25 & 1023]}{pairs[number >> 15 & 1023]}{pairs[number >> 5 & 1023]}{ID_ALPHABET[number & 31]}"
 
 
 def new_id(kind: str, now: int) -> str:
     """An id such as task_1k2m3n4p5q6r7s8t9: nine characters of time, nine random ones; rising within a process."""
-    when, noise = now, int.from_bytes(os.urandom(6), "big") >> 3
-    if when <= _last_id[0]:
-        when, noise = _last_id[0], _last_id[1] + 1
-    _last_id[:] = when, noise
-    return f"{kind}_{_base32(when, 9)}{_base32(noise, 9)}"
+    if now > _last_id[0]:
+        _last_id[:] = now, _base32(now), int.from_bytes(os.urandom(6), "big") >> 4
+    else:
+        _last_id[2] += 1
+    return f"{kind}_{_last_id[1]}{_base32(_last_id[2])}"
 
 
 def first_line(text: str) -> str:
@@ -232,27 +243,40 @@ def json_depth(value: Any) -> int:
 
 def parse_json(text: str) -> Any:
     """Strict JSON: at most 1 MiB and 64 levels, no duplicate keys, NaN, infinities, NUL or lone surrogates."""
-    if len(text) > MAX_JSON or len(text.encode("utf-8", "surrogatepass")) > MAX_JSON:
+    if len(text) > MAX_JSON or (not text.isascii() and len(text.encode("utf-8", "surrogatepass")) > MAX_JSON):
         raise ValueError("larger than 1 MiB")
     try:
-        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_no_duplicates)
+        value = STRICT_DECODER.decode(text)
     except RecursionError:
         raise ValueError("nested deeper than 64 levels") from None
-    if json_depth(value) > MAX_DEPTH:
+    except ValueError as error:
+        if "int_max_str_digits" not in str(error):
+            raise
+        raise ValueError("holds a number with thousands of digits") from None
+    if text.count("{") + text.count("[") > MAX_DEPTH and json_depth(value) > MAX_DEPTH:
         raise ValueError("nested deeper than 64 levels")
-    plain = to_json(value)
+    if "\\u" in text or not text.isascii():
+        _refuse_no_text(to_json(value))
+    return value
+
+
+def _refuse_no_text(plain: str) -> None:
+    """ValueError when compact JSON holds what no text may hold."""
     if ESCAPED_NUL.search(plain):
         raise ValueError("holds a NUL character")
     try:
         plain.encode()
     except UnicodeEncodeError:
         raise ValueError("holds a lone surrogate, which is not text") from None
-    return value
+
+
+STRICT_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_no_duplicates)
+COMPACT_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def to_json(value: Any) -> str:
     """Compact JSON text; characters outside ASCII stay as they are."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return COMPACT_ENCODER.encode(value)
 
 
 def check_text(text: str, what: str, longest: int) -> str:
@@ -363,14 +387,16 @@ def rescue_plan(task: Row, handler: Row | None, active: int, worker: str, on_cri
         if worker == "dead":
             return "the worker of the task is dead", "recover"
         return "the task is still running", "retry" if on_critical == "retry" else "report"
+    if task["available_at"] is not None and task["available_at"] > now:
+        return f"the task is not to start before {format_instant(task['available_at'])}", "report"
+    if task["task_type"] == "command":
+        return "the command waits for its own process to start it again", "report"
     if handler is None:
         return "the handler of the task does not exist", "report"
     if handler["paused"]:
         return f"the handler {handler['name']} is paused", "report"
     if handler["external"]:
         return f"no external worker has claimed the task from {handler['name']}", "report"
-    if task["available_at"] is not None and task["available_at"] > now:
-        return f"the task is not to start before {format_instant(task['available_at'])}", "report"
     if handler["concurrency"] is not None and active >= handler["concurrency"]:
         return f"all {handler['concurrency']} places of {handler['name']} are taken (--concurrency)", "report"
     if not served:
@@ -785,7 +811,8 @@ def socket_address(path: str) -> Iterator[str]:
 
 # =====================================================================================================================
 # settings
-# What the owner may tune, each typed, with a default and a sentence. Names with an underscore in front are grace's own.
+# What the owner may tune, each typed, with a default and a sentence. They are rows, so that every process on the file
+# obeys the same ones. Names with an underscore in front are grace's own.
 
 SETTINGS: dict[str, tuple[str, int, str]] = {
     "queue.age_every": ("duration", 10 * MINUTE, "A queued task without an SLA moves up one priority class each time this long has passed."),
@@ -968,7 +995,8 @@ def someone_listens(path: str) -> bool:
                 caller.connect(address)
         except OSError:
             with contextlib.suppress(OSError):
-                os.unlink(path)
+                if stat.S_ISSOCK(os.lstat(path).st_mode):
+                    os.unlink(path)
             return False
     return True
 
@@ -1303,8 +1331,8 @@ def spawn_rescue(tx: Tx, task: Row) -> str | None:
 
 INSERT_OUTCOME = """INSERT INTO outcome_records (task_id, intent_id, action_type, handler, domain, success, confidence_score,
     execution_time, context, created_at)
-  VALUES (:task_id, :intent_id, :action_type, :handler, :domain, :success, :confidence, :execution_time, :context, :now)
-  ON CONFLICT (task_id) DO NOTHING"""
+  VALUES (:task_id, :intent_id, :action_type, :handler, :domain, :success, :confidence, :execution_time, :context, :now)"""
+OUTCOME_OF = "SELECT 1 AS known FROM outcome_records WHERE task_id = :id"
 CONFIDENCE_OF = "SELECT confidence FROM intent_records WHERE intent_id = :id"
 
 
@@ -1767,7 +1795,8 @@ def repair(tx: Tx) -> int:
         mended += len([emit_repair(tx, what, suspect) for what in done if what])
         tx.run("DELETE FROM bridge_suspects WHERE seq = :seq", seq=suspect["seq"])
     for task in tx.all(NOT_LEARNED):
-        record_outcome(tx, task)
+        if not tx.one(OUTCOME_OF, id=task["task_id"]):
+            record_outcome(tx, task)
         tx.run("UPDATE intent_records SET learned_from = 1 WHERE intent_id = :id", id=task["intent_id"])
     return mended
 
@@ -1967,6 +1996,14 @@ def attempt_path(store_path: str, attempt_id: str, kind: str) -> str:
     return f"{store_path}-logs/{attempt_id[:8]}/{attempt_id}.{kind}"
 
 
+def make_attempt_folder(path: str) -> None:
+    """The private folder of a log or result, and the one above it."""
+    folder = os.path.dirname(path)
+    if not os.path.isdir(folder):
+        os.makedirs(os.path.dirname(folder), mode=0o700, exist_ok=True)
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+
+
 class Log:
     """One attempt's output: the first and the last half of `limit` bytes, and between them how many were dropped.
 
@@ -1983,7 +2020,7 @@ class Log:
         self.last = (self.last + data)[-400:]
         try:
             if self._fd < 0:
-                os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+                make_attempt_folder(self.path)
                 self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
             written = os.write(self._fd, data)
             self.size += written
@@ -2037,6 +2074,7 @@ class Child:
         self.victims: Victims | None = None
         self.extra = False  # does not count against the slots
         self.marked = False  # recorded as running
+        self.has_terminal = False  # is the foreground group of our terminal
 
     def facts(self) -> Row:
         """What must survive when the daemon executes itself anew."""
@@ -2123,13 +2161,16 @@ class Supervisor:
         """Start an attempt whose row is committed. `foreground`: a command that shares our input and output."""
         child = Child(task, handler, Log(attempt_path(self.store.path, task["attempt_id"], "log"), self.log_limit))
         result = attempt_path(self.store.path, task["attempt_id"], "result")
-        payload = {**json.loads(task["payload"]), "attempt": task["attempt_number"], "attempt_id": task["attempt_id"],
+        told = json.loads(task["payload"])
+        if not isinstance(told, dict):
+            raise SpawnError("the payload is not a JSON object", 125, retry=False)
+        payload = {**told, "attempt": task["attempt_number"], "attempt_id": task["attempt_id"],
                    "sla_deadline": format_instant(task["sla_deadline"])}  # fmt: skip
         payload.update(task.get("payload_facts", {}))
         argv = foreground or fill_argv(json.loads(handler["argv"]), payload)
         environment = self._environment_of(task, {} if foreground else json.loads(handler["env"]), result)
         try:
-            os.makedirs(os.path.dirname(result), mode=0o700, exist_ok=True)
+            make_attempt_folder(result)
             if not foreground:
                 os.chdir(handler["cwd"] or "/")
         except OSError as error:
@@ -2153,7 +2194,7 @@ class Supervisor:
         source = payload_file(payload) if payload is not None else -1
         actions = [(os.POSIX_SPAWN_DUP2, source, 0)] if payload is not None else []
         actions += [(os.POSIX_SPAWN_DUP2, ends[0][1], 1), (os.POSIX_SPAWN_DUP2, ends[-1][1], 2)]
-        terminal = payload is None and os.isatty(0)
+        terminal = payload is None and owns_terminal()
         own: Row = {"setpgroup": 0} if terminal else {"setsid": True}
         try:
             child.pid = os.posix_spawn(program, argv, environment, file_actions=actions, setsigmask=[],
@@ -2168,6 +2209,7 @@ class Supervisor:
                 if fd >= 0:
                     os.close(fd)
         if terminal:
+            child.has_terminal = True
             give_terminal(child.pid)
         child.ticks = start_ticks(child.pid)
         for number, (read_end, _) in enumerate(ends, 1):
@@ -2256,13 +2298,16 @@ class Supervisor:
     def _reap(self) -> None:
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
             except ChildProcessError:
                 return
             if not pid:
                 return
             child = self.children.get(pid)
-            if child is not None:
+            if child is not None and os.WIFSTOPPED(status):
+                if child.has_terminal:
+                    stop_together(child.pid)
+            elif child is not None:
                 code = os.waitstatus_to_exitcode(status)
                 child.exit_status = code if code >= 0 else 128 - code
                 self._drain(child)
@@ -2320,12 +2365,28 @@ def copy_out(fd: int, data: bytes) -> bool:
     return True
 
 
+def owns_terminal() -> bool:
+    """Whether our input is a terminal and we are in its foreground."""
+    try:
+        return os.tcgetpgrp(0) == os.getpgrp()
+    except OSError:
+        return False
+
+
 def give_terminal(group: int) -> None:
     """Make a process group the terminal's foreground, as a shell does, so that it may read and be interrupted."""
     previous = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     with contextlib.suppress(OSError):
         os.tcsetpgrp(0, group)
     signal.signal(signal.SIGTTOU, previous)
+
+
+def stop_together(group: int) -> None:
+    """Ctrl-Z in a foreground command: stop as well, so that the shell takes over; go on together when it says so."""
+    give_terminal(os.getpgrp())
+    os.kill(os.getpid(), signal.SIGSTOP)
+    give_terminal(group)
+    send(group, signal.SIGCONT, group=True)
 
 
 def ending_of(child: Child, store_path: str) -> Row:
@@ -2440,10 +2501,15 @@ def clock_jump(before: tuple[int, int, int], after: tuple[int, int, int]) -> tup
     return boot - monotonic, wall - boot
 
 
+BURIED = b"dead"  # in the lock file of a worker that somebody else has found dead and holds the lock of
+
+
 def is_alive(worker: Row) -> bool:
     """Whether a worker still holds the lock on its file."""
     lock = seize(worker)
     if lock is None:
+        with contextlib.suppress(OSError), open(worker["lock_path"], "rb") as file:
+            return file.read(len(BURIED)) != BURIED
         return True
     if lock >= 0:
         os.close(lock)
@@ -2477,6 +2543,8 @@ class Burial:
 
     def __init__(self, store: Store, worker: Row, lock: int):
         self.store, self.worker, self.lock = store, worker, lock
+        if lock >= 0:
+            os.pwrite(lock, BURIED, 0)
         self.rebooted = worker["boot_id"] != boot_id()
         attempts = store.all(OPEN_ATTEMPTS, worker=worker["worker_id"])
         pids = [] if self.rebooted or not attempts else processes_of([row["token"] for row in attempts])
@@ -2500,9 +2568,9 @@ class Burial:
     def _settle(self, tx: Tx) -> None:
         for attempt in tx.all(OPEN_ATTEMPTS, worker=self.worker["worker_id"]):
             recover(tx, attempt, self.rebooted)
-        tx.run(STOP_WORKER, worker=self.worker["worker_id"], now=tx.now)
-        emit(tx, "daemon.stopped", self.worker["worker_id"], {"worker_id": self.worker["worker_id"], "kind": self.worker["kind"],
-                                                              "reason": "died", "pid": self.worker["pid"]})  # fmt: skip
+        if tx.run(STOP_WORKER, worker=self.worker["worker_id"], now=tx.now):
+            emit(tx, "daemon.stopped", self.worker["worker_id"], {"worker_id": self.worker["worker_id"], "kind": self.worker["kind"],
+                                                                  "reason": "died", "pid": self.worker["pid"]})  # fmt: skip
 
 
 def find_dead(store: Store, own: str = "", kind: str | None = None) -> list[Burial]:
@@ -2526,6 +2594,14 @@ def bury_runners(store: Store) -> None:
         select.select(descriptors, [], [], max(0.0, min(1.0, min(burial.victims.kill_at for burial in burials) - time.monotonic())))
         for fd in descriptors:
             os.close(fd)
+
+
+def program_starts() -> bool:
+    """Whether the program on the disk, perhaps a newer one, comes up at all."""
+    argv = [*own_command(), "--version"]
+    quiet = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
+    pid = os.posix_spawn(argv[0], argv, os.environ, file_actions=quiet)
+    return os.waitpid(pid, 0)[1] == 0
 
 
 class Enlistment:
@@ -2624,11 +2700,13 @@ class Daemon:
         self.sup = Supervisor(store, self.worker)
         self.bell = Bell(store)
         self.sup.watch(self.bell, lambda fd: self.bell.answer())
+        self.claimed: list[Row] = []  # ours, and not started yet
         self.ended: list[Child] = []
         self.failed_starts: list[tuple[Row, SpawnError]] = []
         self.burials: list[Burial] = []
         self.stop_at: float | None = None  # when the grace period is over
         self.look = True  # whether there may be something to claim or to mend
+        self.orders = False  # whether attempts of ours may have been taken away
         self.idle = False  # the last look found nothing to do
         self.last_clocks = clocks()
         self.beat_at = self.repair_at = self.check_at = 0.0
@@ -2673,17 +2751,19 @@ class Daemon:
         self._keep_house()
         self.ended += self.sup.ended()
         if self.bell.rang():
-            self.look = True
-            self._heed_orders()
+            self.look = self.orders = True
         self._take_due_steps()
         self.idle = not self._settle() and not self.burials
+        if self.orders:
+            self.orders = False
+            self._heed_orders()
         if self.reload:
             self._execute_anew()
         if not self._over():
             self.sup.wait(self._sleep_for())
 
     def _over(self) -> bool:
-        if self.sup.children or self.ended or self.failed_starts:
+        if self.sup.children or self.ended or self.failed_starts or self.claimed:
             return False
         if self.stop_at is not None:
             return True
@@ -2763,23 +2843,24 @@ class Daemon:
         due = next_instant(self.store)
         while due is not None and due <= clock():
             self.store.write(lambda tx: (recover_expired(tx), sweep(tx)))
-            self.look = True
+            self.look = self.orders = True
             due = next_instant(self.store)
         if self.drain or self.stop_at is not None:
             return
         for rescue in self.store.all(WAITING_RESCUES):
             original = perform_rescue(self.store, rescue, self.worker, self.only)
-            self._heed_orders()
+            self.orders = True
             if original:
                 self._start(original, extra=True)
 
     def _settle(self) -> bool:
         """Record what has started and ended, claim for the free slots, start what was claimed; whether anything was done."""
-        free = 0 if self.drain or self.stop_at is not None else self.slots - sum(not child.extra for child in self.sup.children.values())
+        free = 0 if self.drain or self.reload or self.stop_at is not None else self._free_slots()
         unmarked = [child for child in self.sup.children.values() if not child.marked]
-        if not (self.ended or self.failed_starts or unmarked or (free > 0 and self.look)):
+        urgent = bool(self.ended or self.failed_starts or unmarked or self.claimed)
+        if not urgent and not (free > 0 and self.look):
             return False
-        if not (self.ended or self.failed_starts or unmarked or self.store.one(RUNNABLE)):
+        if not urgent and not self.store.one(RUNNABLE):
             self.look = False
             return False
         ended, failures = list(self.ended), list(self.failed_starts)
@@ -2793,10 +2874,16 @@ class Daemon:
         for child in ended:
             forget_result(self.store.path, child.attempt_id)
             self.say("ended", {"task_id": child.task_id, "attempt_id": child.attempt_id, "exit_status": child.exit_status, "why": child.why})
+        self.orders = self.orders or bool(ended)
         self.look = bool(ended or failures or len(claimed) == free)
-        for task in claimed:
-            self._start(task)
+        self.claimed += claimed
+        while self.claimed:
+            self._start(self.claimed[0])
+            del self.claimed[0]
         return True
+
+    def _free_slots(self) -> int:
+        return self.slots - len(self.claimed) - sum(not child.extra for child in self.sup.children.values())
 
     def _record(self, tx: Tx, unmarked: list[Child], endings: list[tuple[Child, Row]], failures: list[tuple[Row, SpawnError]],
                 free: int) -> tuple[list[Row], list[Child]]:  # fmt: skip
@@ -2821,15 +2908,15 @@ class Daemon:
     def _start(self, task: Row, extra: bool = False) -> None:
         handler = self.store.one(GET_HANDLER, name=task["handler"]) or {**HANDLER_DEFAULTS, "argv": "[]", "name": task["handler"]}
         if task["task_type"] == "rescue":
-            context = json.loads(task["payload"])["context"]
-            task["payload_facts"] = {"context": {**context, **stuck_facts(self.store, task["parent_task_id"])}}
+            task["payload_facts"] = {"context": {**json.loads(task["payload"]).get("context", {}), **stuck_facts(self.store, task["parent_task_id"])}}
         try:
             if handler["argv"] in (None, "[]"):
                 raise SpawnError(f"the handler {task['handler']!r} has no command", 127)
             child = self.sup.spawn(task, handler)
-        except SpawnError as error:
-            self.failed_starts.append((task, error))
-            self.say("not started", {"task_id": task["task_id"], "handler": task["handler"], "error": str(error)})
+        except (SpawnError, OSError, ValueError) as error:
+            known = error if isinstance(error, SpawnError) else SpawnError(f"cannot be started: {error}", 126)
+            self.failed_starts.append((task, known))
+            self.say("not started", {"task_id": task["task_id"], "handler": task["handler"], "error": str(known)})
             return
         child.extra = extra
         self.say("started task", {"task_id": task["task_id"], "attempt_id": task["attempt_id"], "handler": task["handler"],
@@ -2837,7 +2924,7 @@ class Daemon:
 
     def _sleep_for(self) -> float:
         """Seconds until the nearest instant, at most one: then the database is looked at without a knock."""
-        if self.sup.signals or self.ended or self.failed_starts or any(not child.marked for child in self.sup.children.values()):
+        if self.sup.signals or self.ended or self.failed_starts or self.orders or any(not child.marked for child in self.sup.children.values()):
             return 0.0
         due = next_instant(self.store)
         seconds = [1.0, self.sup.next_at() - time.monotonic(), self.watchdog_at - time.monotonic()]
@@ -2854,8 +2941,7 @@ class Daemon:
         if self._settle() or self.ended:
             self.reload = True
             return
-        check = [*own_command(), "--version"]
-        if os.spawnve(os.P_WAIT, check[0], check, {**os.environ, "GRACE_QUIET": "1"}):
+        if not program_starts():
             self.say("trouble", {"message": "the program does not start any more; going on with the old one"})
             return
         notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
@@ -2968,7 +3054,7 @@ class Runner:
             return error.exit_status
         self.store.write(lambda tx: self._mark(tx, child), durable=False)
         self._watch(child)
-        if os.isatty(0):
+        if child.has_terminal:
             give_terminal(os.getpgrp())
         ending = ending_of(child, self.store.path)
         if self.stopped_by:
@@ -3398,6 +3484,12 @@ def fraction(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
+def quantity(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,6})?", text):
+        raise ValueError(f"{text[:40]!r} is not a number such as 3 or 2.5")
+    return float(text)
+
+
 def one_of(words: Iterable[str]) -> Callable[[str], str]:
     words = tuple(words)
 
@@ -3543,8 +3635,8 @@ def command(path: str, *parameters: Parameter) -> Callable[[Callable[..., int | 
 class App:
     """What a command needs of its surroundings: the database's path, the format, the store."""
 
-    def __init__(self) -> None:
-        self.path, self.json = "", False
+    def __init__(self, asked_for_json: bool = False) -> None:
+        self.path, self.json, self.asked_for_json = "", False, asked_for_json
 
     def store(self) -> Store:
         return Store(self.path or default_path(), f"cli:{login_name()}")
@@ -3581,7 +3673,7 @@ def set_json(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 def show_help(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
         text = ctx.get_help()
-        if ctx.ensure_object(App).json or "--json" in before_separator(sys.argv[1:]):
+        if ctx.ensure_object(App).asked_for_json:
             write_json({"help": text})
         else:
             write_out(text)
@@ -3867,8 +3959,8 @@ def filtered(store: Store, table: str, key: str, status: tuple[str, ...], known:
     for word in status:
         if word not in known:
             raise UsageError(f"--status: {word[:40]!r} is not one of {', '.join(known)}")
-    wanted = to_json(list(status) or list(known))
-    return store.all(f"""SELECT * FROM {table} WHERE status IN (SELECT value FROM json_each(:wanted))
+    wanted = f",{','.join(status or known)},"
+    return store.all(f"""SELECT * FROM {table} WHERE CAST(:wanted AS TEXT) LIKE '%,' || status || ',%'
       AND (CAST(:domain AS TEXT) IS NULL OR domain = :domain) AND created_at >= :since ORDER BY seq DESC LIMIT :n""",
                      wanted=wanted, domain=domain, since=instant_since(since, clock()), n=limit)  # fmt: skip
 
@@ -4146,7 +4238,7 @@ def task_heartbeat(app: App, id: str, worker: str, attempt_id: str | None) -> No
     app.show(document, lambda: write_out(f"{document['task_id']}  lease until {document['lease_expires_at'] or '-'}"))
 
 
-@command("task progress", arg("id", "id"), arg("done", Checked("number", fraction(0, 999_999))), arg("total", Checked("number", fraction(0, 999_999))),
+@command("task progress", arg("id", "id"), arg("done", Checked("number", quantity)), arg("total", Checked("number", quantity)),
          opt("--note", kind="note", help="What it is doing."), opt("--worker", kind="worker", envvar="GRACE_WORKER", help="Your worker's id."),
          opt("--attempt-id", kind="id", envvar="GRACE_ATTEMPT_ID", help="Refuse unless this attempt still owns the task."))  # fmt: skip
 def task_progress(app: App, id: str, done: float, total: float, note: str | None, worker: str | None, attempt_id: str | None) -> None:
@@ -4588,7 +4680,7 @@ def call(argv: list[str]) -> int:
     """Run one command; its exit status. Exceptions end here."""
     as_json = "--json" in before_separator(argv)
     try:
-        result = root_group().main(args=argv, prog_name="grace", standalone_mode=False)
+        result = root_group().main(args=argv, prog_name="grace", standalone_mode=False, obj=App(as_json))
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except GraceError as error:

@@ -69,7 +69,7 @@ CREATE TABLE intent_records (
   confidence          REAL CONSTRAINT intent_confidence CHECK (confidence BETWEEN 0 AND 1),
   risk_level          TEXT CONSTRAINT intent_risk CHECK (risk_level IN ('low', 'medium', 'high', 'critical')),
   context             TEXT NOT NULL CONSTRAINT intent_context CHECK (json_valid(context)),
-  result              TEXT CONSTRAINT intent_result CHECK (json_valid(result)),
+  result              TEXT CONSTRAINT intent_result CHECK (result IS NULL OR json_valid(result)),
   created_at          INTEGER NOT NULL,
   dispatched_at       INTEGER,
   completed_at        INTEGER,                    -- when it reached a final status, whichever
@@ -128,8 +128,8 @@ CREATE TABLE htm_tasks (
   queue_time_ms    INTEGER CONSTRAINT task_queue_time CHECK (queue_time_ms >= 0),
   execution_time_ms INTEGER CONSTRAINT task_execution_time CHECK (execution_time_ms >= 0),
   total_time_ms    INTEGER CONSTRAINT task_total_time CHECK (total_time_ms >= 0),
-  progress         TEXT CONSTRAINT task_progress CHECK (json_valid(progress)),
-  result           TEXT CONSTRAINT task_result CHECK (json_valid(result)),
+  progress         TEXT CONSTRAINT task_progress CHECK (progress IS NULL OR json_valid(progress)),
+  result           TEXT CONSTRAINT task_result CHECK (result IS NULL OR json_valid(result)),
   error            TEXT,
   exit_status      INTEGER,                       -- the last attempt's; 128+n for signal n
   updated_at       INTEGER NOT NULL,              -- by the statement that changed the row last, and by whom
@@ -330,6 +330,24 @@ CREATE TRIGGER event_never_replaced BEFORE INSERT ON events
 WHEN NEW.seq IS NOT NULL AND EXISTS (SELECT 1 FROM events WHERE seq = NEW.seq)
 BEGIN
   SELECT RAISE(ABORT, 'events are append-only');
+END;
+
+CREATE TRIGGER outcome_never_replaced BEFORE INSERT ON outcome_records
+WHEN EXISTS (SELECT 1 FROM outcome_records WHERE task_id = NEW.task_id OR seq = NEW.seq)
+BEGIN
+  SELECT RAISE(ABORT, 'an outcome is recorded once');
+END;
+
+CREATE TRIGGER task_never_replaced BEFORE INSERT ON htm_tasks
+WHEN EXISTS (SELECT 1 FROM htm_tasks WHERE task_id = NEW.task_id OR seq = NEW.seq)
+BEGIN
+  SELECT RAISE(ABORT, 'a task is never replaced');
+END;
+
+CREATE TRIGGER attempt_never_replaced BEFORE INSERT ON htm_task_attempts
+WHEN EXISTS (SELECT 1 FROM htm_task_attempts WHERE attempt_id = NEW.attempt_id)
+BEGIN
+  SELECT RAISE(ABORT, 'an attempt is never replaced');
 END;
 
 CREATE TRIGGER event_leaves_below_floor BEFORE DELETE ON events
