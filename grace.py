@@ -315,7 +315,7 @@ def odd_row(task: Row) -> str | None:
 def ladder_steps(task: Row) -> list[Step]:
     """The steps of the SLA that this open task has still to take, in order."""
     sla, start = task["sla_ms"], task["queued_at"]
-    if sla is None:
+    if sla is None or task["set_aside"]:
         return []
     levels = [
         (start + round(sla * task["warn_at"]), "warning"),
@@ -328,7 +328,7 @@ def ladder_steps(task: Row) -> list[Step]:
 
 def urgency_steps(task: Row, age_every: int) -> list[Step]:
     """The steps that move a queued task forward: by its SLA, or by its age where it has none."""
-    if task["status"] != "queued":
+    if task["status"] != "queued" or task["set_aside"]:
         return []
     if task["sla_ms"] is None:
         return [(task["aged_at"] + age_every, "ageing")] if task["priority"] != "critical" else []
@@ -337,21 +337,20 @@ def urgency_steps(task: Row, age_every: int) -> list[Step]:
     return steps + ([(start + sla * 4 // 5, "urgency_four_fifths")] if rank > 0 else [])
 
 
+def waking_step(task: Row) -> list[Step]:
+    """When a queued task that may not be claimed yet may be."""
+    return [(task["available_at"], "available")] if task["available_at"] is not None and task["status"] == "queued" else []
+
+
 def next_steps(task: Row, age_every: int) -> list[Step]:
-    """All that an open task has before it, soonest first; at one instant urgency comes before the ladder."""
-    if task["set_aside"]:
-        steps: list[Step] = []
-    else:
-        steps = sorted(urgency_steps(task, age_every) + ladder_steps(task), key=lambda step: step[0])
-    if task["available_at"] is not None and task["status"] == "queued":
-        steps = sorted([(task["available_at"], "available"), *steps], key=lambda step: step[0])
-    return steps
+    """All that an open task has before it, soonest first; at one instant: waking, urgency, ladder."""
+    return sorted(waking_step(task) + urgency_steps(task, age_every) + ladder_steps(task), key=lambda step: step[0])
 
 
 def next_step_at(task: Row, age_every: int) -> int | None:
     """The instant at which this open task needs the next look."""
-    steps = next_steps(task, age_every)
-    return steps[0][0] if steps else None
+    firsts = [steps[0][0] for steps in (waking_step(task), urgency_steps(task, age_every), ladder_steps(task)) if steps]
+    return min(firsts) if firsts else None
 
 
 def sla_verdict(status: str, deadline: int | None, level: int, now: int) -> int | None:
@@ -531,7 +530,7 @@ class Store(Reader):
             con = apsw.Connection(self.path, flags=apsw.SQLITE_OPEN_READWRITE)
             con.set_busy_timeout(STANDSTILL * 1000)
             con.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)  # the last one out need not pay for three syncs
-            for pragma in ("foreign_keys = ON", "recursive_triggers = ON", "synchronous = FULL"):
+            for pragma in ("foreign_keys = ON", "recursive_triggers = ON", "synchronous = FULL", "temp_store = MEMORY"):
                 con.execute(f"PRAGMA {pragma}")
         except apsw.Error as error:
             raise explain(error) from error
@@ -2058,6 +2057,30 @@ class Log:
         self.__dict__.update(state)
 
 
+class Copy:
+    """What a foreground command wrote and our own output has not yet taken; a slow reader must not hold up the loop."""
+
+    def __init__(self, target: int):
+        self.target, self.rest, self.broken, self.watched = target, bytearray(), False, False
+
+    def flush(self) -> None:
+        """Write what can be written without waiting: a pipe that polls as writable has room for 4 KiB (pipe(7))."""
+        import select
+
+        poll = select.poll()
+        poll.register(self.target, select.POLLOUT)
+        try:
+            while self.rest and poll.poll(0):
+                del self.rest[: os.write(self.target, self.rest[:4096])]
+        except BlockingIOError:
+            pass
+        except BrokenPipeError:
+            self.broken = True
+            self.rest.clear()
+        except OSError:
+            self.rest.clear()  # a full disk behind our output: the log still has it
+
+
 class Child:
     """One running attempt: its process group, its pipes and its log, and why it is being ended, if it is."""
 
@@ -2066,11 +2089,13 @@ class Child:
         self.task_id, self.attempt_id, self.token = task["task_id"], task["attempt_id"], task["token"]
         self.kill_after_ms = handler["kill_after_ms"]
         self.pid, self.ticks, self.exit_status = 0, None, None  # type: tuple[int, int | None, int | None]
-        self.pipes: dict[int, int] = {}  # our end -> where else its bytes go (a descriptor, or -1)
+        self.pipes: list[int] = []  # our ends
+        self.copies: dict[int, Copy] = {}  # our end -> where else its bytes go, for a foreground command
         self.timeout_at = float("inf")
         self.kill_at = float("inf")
         self.why: str | None = None  # timeout, cancelled, interrupted, rescued
         self.ended_by = "exit"
+        self.signal = 0  # that ended the process, whoever sent it
         self.victims: Victims | None = None
         self.extra = False  # does not count against the slots
         self.marked = False  # recorded as running
@@ -2080,7 +2105,7 @@ class Child:
         """What must survive when the daemon executes itself anew."""
         plain = ("pid", "ticks", "timeout_at", "kill_at", "why", "ended_by", "extra", "marked", "kill_after_ms")
         return {"task": {k: self.task[k] for k in ("task_id", "attempt_id", "token", "handler", "timeout_ms")}, "log": self.log.state(),
-                "pipes": list(self.pipes), **{name: getattr(self, name) for name in plain}}  # fmt: skip
+                "pipes": self.pipes, **{name: getattr(self, name) for name in plain}}  # fmt: skip
 
 
 def fill_argv(argv: list[str], payload: Row) -> list[str]:
@@ -2213,12 +2238,14 @@ class Supervisor:
             give_terminal(child.pid)
         child.ticks = start_ticks(child.pid)
         for number, (read_end, _) in enumerate(ends, 1):
-            self._adopt_pipe(child, read_end, number if payload is None else -1)
+            if payload is None:
+                child.copies[read_end] = Copy(number)
+            self._adopt_pipe(child, read_end)
         self.children[child.pid] = child
 
-    def _adopt_pipe(self, child: Child, fd: int, copy_to: int) -> None:
+    def _adopt_pipe(self, child: Child, fd: int) -> None:
         os.set_blocking(fd, False)
-        child.pipes[fd] = copy_to
+        child.pipes.append(fd)
         self.watch(fd, lambda fd: self._read(child, fd))
 
     def adopt(self, facts: Row, handler: Row) -> None:
@@ -2230,7 +2257,7 @@ class Supervisor:
             setattr(child, name, facts[name])
         for fd in facts["pipes"]:
             os.set_inheritable(fd, False)
-            self._adopt_pipe(child, fd, -1)
+            self._adopt_pipe(child, fd)
         self.children[child.pid] = child
 
     def _read(self, child: Child, fd: int) -> bool:
@@ -2243,15 +2270,43 @@ class Supervisor:
             self._close_pipe(child, fd)
             return False
         child.log.write(data)
-        if child.pipes[fd] >= 0 and not copy_out(child.pipes[fd], data):
-            self._close_pipe(child, fd)  # nobody reads our output: the command is to find that out too
-            return False
+        if fd in child.copies:
+            return self._pass_on(child, fd, data)
         return True
 
+    def _pass_on(self, child: Child, fd: int, data: bytes) -> bool:
+        """Copy output to our own; while the reader is slow, the command's pipe is left to fill. Whether to read on."""
+        copy = child.copies[fd]
+        copy.rest += data
+        copy.flush()
+        if copy.broken:
+            self._close_pipe(child, fd)  # nobody reads our output: the command is to find that out too
+        elif copy.rest and not copy.watched and child.exit_status is None:
+            self.selector.unregister(fd)
+            self._watch_copy(child, fd, copy)
+        return not copy.rest and not copy.broken
+
+    def _watch_copy(self, child: Child, fd: int, copy: Copy) -> None:
+        copy.watched = True
+        self.selector.register(copy.target, 2, lambda _: self._resume(child, fd, copy))  # 2: selectors.EVENT_WRITE
+
+    def _resume(self, child: Child, fd: int, copy: Copy) -> None:
+        """Our output takes bytes again."""
+        copy.flush()
+        if copy.rest:
+            return
+        self.selector.unregister(copy.target)
+        copy.watched = False
+        if fd in child.pipes:
+            self.watch(fd, lambda fd: self._read(child, fd))
+            if copy.broken:
+                self._close_pipe(child, fd)
+
     def _close_pipe(self, child: Child, fd: int) -> None:
-        self.selector.unregister(fd)
+        with contextlib.suppress(KeyError):  # not watched while a slow reader holds it up
+            self.selector.unregister(fd)
         os.close(fd)
-        del child.pipes[fd]
+        child.pipes.remove(fd)
 
     def stop(self, child: Child, why: str, at_once: bool = False) -> None:
         """Begin to end an attempt: TERM to its group, KILL when its time is over, or KILL at once."""
@@ -2289,7 +2344,8 @@ class Supervisor:
                 send(child.pid, signal.SIGKILL, group=True)
         self._reap()
         self._unwatch()
-        over = [child for child in self.children.values() if child.exit_status is not None and self._survivors_gone(child)]
+        over = [child for child in self.children.values()
+                if child.exit_status is not None and self._survivors_gone(child) and self._copied(child)]  # fmt: skip
         for child in over:
             del self.children[child.pid]
             child.log.close()
@@ -2309,7 +2365,7 @@ class Supervisor:
                     stop_together(child.pid)
             elif child is not None:
                 code = os.waitstatus_to_exitcode(status)
-                child.exit_status = code if code >= 0 else 128 - code
+                child.exit_status, child.signal = (code, 0) if code >= 0 else (128 - code, -code)
                 self._drain(child)
                 if child.why or child.exit_status:
                     child.victims = Victims(processes_of([child.token], child.pid), child.kill_after_ms)
@@ -2318,10 +2374,23 @@ class Supervisor:
         """What the pipes still hold; a grandchild that keeps them open, or goes on writing, delays nothing."""
         for fd in list(child.pipes):
             for _ in range(64):
-                if fd not in child.pipes or not self._read(child, fd):
+                if fd not in child.pipes or not (self._read(child, fd) or (fd in child.copies and child.copies[fd].rest)):
                     break
             if fd in child.pipes:
                 self._close_pipe(child, fd)
+        for fd, copy in child.copies.items():
+            if copy.rest and not copy.watched:
+                self._watch_copy(child, fd, copy)
+
+    def _copied(self, child: Child) -> bool:
+        """Whether our output has taken all; an attempt that was ended early does not wait for that."""
+        if child.why:
+            for copy in child.copies.values():
+                copy.rest.clear()
+                if copy.watched:
+                    self.selector.unregister(copy.target)
+                    copy.watched = False
+        return not any(copy.rest for copy in child.copies.values())
 
     def _survivors_gone(self, child: Child) -> bool:
         if child.victims is None:
@@ -2351,18 +2420,6 @@ class Supervisor:
         self.selector.close()
         for fd in (self._read_end, self._write_end):
             os.close(fd)
-
-
-def copy_out(fd: int, data: bytes) -> bool:
-    """Pass a foreground command's output on; False when nobody reads it any more."""
-    try:
-        while data:
-            data = data[os.write(fd, data) :]
-    except BrokenPipeError:
-        return False
-    except OSError:
-        return True  # a full disk behind our output: the log still has it
-    return True
 
 
 def owns_terminal() -> bool:
@@ -2399,19 +2456,32 @@ def ending_of(child: Child, store_path: str) -> Row:
         return {**ending, "outcome": child.why, "error": f"{child.why}, ended by SIG{child.ended_by}" if child.ended_by != "exit" else child.why}
     if child.exit_status:
         last = child.log.last.decode(errors="replace").strip().splitlines()
-        return {**ending, "outcome": "failed", "error": f"exit status {child.exit_status}" + (f": {last[-1][:200]}" if last else "")}
+        end = f"ended by {signal_name(child.signal)}" if child.signal else f"exit status {child.exit_status}"
+        return {**ending, "outcome": "failed", "error": end + (f": {last[-1][:200]}" if last else "")}
     result, error = read_result(attempt_path(store_path, child.attempt_id, "result"))
     return {**ending, "outcome": "completed", "result": result, "error": error}
+
+
+def signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def read_result(path: str) -> tuple[Any, str | None]:
     """What a handler has left at GRACE_RESULT, and what is wrong with it; an unusable file is left where it is."""
     try:
-        with open(path, encoding="utf-8") as file:
-            result = parse_json(file.read(MAX_JSON + 1))
-        return result, None
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except FileNotFoundError:
         return None, None
+    except OSError as error:
+        return None, f"the result file {path} is not usable: {error.strerror}"
+    try:
+        with os.fdopen(fd, encoding="utf-8") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise ValueError("not a plain file")
+            return parse_json(file.read(MAX_JSON + 1)), None
     except (ValueError, OSError) as error:
         return None, f"the result file {path} is not usable: {error}"
 
@@ -3058,7 +3128,7 @@ class Runner:
             give_terminal(os.getpgrp())
         ending = ending_of(child, self.store.path)
         if self.stopped_by:
-            ending = {**ending, "outcome": "failed", "retry": False, "reason": "interrupted", "error": f"interrupted by {signal.Signals(self.stopped_by).name}"}
+            ending = {**ending, "outcome": "failed", "retry": False, "reason": "interrupted", "error": f"interrupted by {signal_name(self.stopped_by)}"}
         self.store.write(lambda tx: end_attempt(tx, child.task_id, child.attempt_id, ending))
         forget_result(self.store.path, child.attempt_id)
         return 124 if child.why == "timeout" else int(child.exit_status or 0)
@@ -3525,7 +3595,7 @@ def read_argument(text: str, longest: int) -> str:
         with open(0 if text == "-" else text[1:], "rb", closefd=text != "-") as file:
             data = file.read(longest + 1)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {printable(text[1:]) or 'stdin'}: {getattr(error, 'strerror', None) or error}") from None
+        raise ValueError(f"cannot read {'stdin' if text == '-' else repr(printable(text[1:]))}: {getattr(error, 'strerror', None) or error}") from None
     if len(data) > longest:
         raise ValueError(f"larger than {longest >> 20} MiB")
     try:
@@ -3703,7 +3773,7 @@ class LazyGroup(click.Group):
         self.params += common_options()
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted({*COMMANDS[self.path], *(() if self.path else GROUPS)})
+        return sorted({name for name in (*COMMANDS[self.path], *(() if self.path else GROUPS)) if name})
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if not self.path and name in GROUPS:
@@ -3712,7 +3782,7 @@ class LazyGroup(click.Group):
                 return LazyGroup(name, help=GROUPS[name], no_args_is_help=False)
             main_command = build_command(name, fn, parameters)
             return LazyGroup(name, help=GROUPS[name], params=main_command.params[:-2], callback=unless_sub(main_command.callback), invoke_without_command=True)
-        declared = COMMANDS[self.path].get(name)
+        declared = COMMANDS[self.path].get(name) if name else None
         return build_command(name, *declared) if declared else None
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
@@ -3808,7 +3878,7 @@ def submit_command(app: App, goal: str | None, batch: str | None, wait: bool, wa
     store = app.store()
     done = store.write(lambda tx: submit(tx, [spec_of(goal, options, tx.now)]))[0]
     if wait:
-        return show_waited(app, store, [done["intent_id"]], wait_timeout)
+        return show_waited(app, store, [done["intent_id"]], wait_timeout, {"duplicate": done["duplicate"]})
     app.show(done, lambda: write_out(f"{done['intent_id']}  {done['task_id']}" + ("  (submitted before)" if done["duplicate"] else "")))
     return None
 
@@ -4015,10 +4085,9 @@ def waited_status(rows: list[Row]) -> int:
     return 0 if all(row["status"] == "completed" for row in rows) else 1
 
 
-def show_waited(app: App, store: Store, ids: list[str], timeout: int | None) -> int:
+def show_waited(app: App, store: Store, ids: list[str], timeout: int | None, more: Row | None = None) -> int:
     rows = wait_for(store, ids, timeout)
-    document = intent_document(rows[0])
-    document["task_id"] = document["htm_task_id"]
+    document = {**intent_document(rows[0]), "task_id": rows[0]["htm_task_id"], **(more or {})}
     app.show(document, lambda: write_out(f"{document['intent_id']}  {document['task_id']}  {document['status']}"))
     return waited_status(rows)
 
@@ -4478,32 +4547,42 @@ def event_line(event: Row) -> str:
 
 def stream_events(app: App, store: Store, topic: str, since: tuple[str, int] | None, limit: int | None, follow: bool, consumer: str | None) -> None:
     """Event by event; a consumer's cursor moves after each line that was written out."""
-    place = store.value(GET_CURSOR, name=consumer) if consumer else None
-    moment = 0
-    if place is None and since is not None:
-        place, moment = (since[1], 0) if since[0] == "event" else (0, instant_since(since, clock()))
-    if place is None:
-        place = 0 if consumer else first_of_newest(store, topic, limit or 10)
-    left = limit if limit is not None and (consumer or since) else None
+    place, moment = place_to_start(store, topic, since, limit, consumer)
+    left = limit if limit is not None and (consumer or since) else 1 << 60
     bell = Bell(store) if follow else None
+    one_document = app.json and not follow
+    separator = "["
     try:
-        while True:
-            rows = events_after(store, place, moment, topic, min(500, left if left is not None else 500))
+        while left:
+            rows = events_after(store, place, moment, topic, min(500, left))
             for row in rows:
                 document = event_document(row)
-                app.show(document, lambda document=document: write_out(event_line(document)))  # type: ignore[misc]
+                text = json.dumps(document) if app.json else event_line(document)
+                sys.stdout.write(f"{separator}{text}" if one_document else f"{text}\n")
                 sys.stdout.flush()
-                place = row["seq"]
+                separator, place = ",\n", row["seq"]
                 if consumer:
                     keep_place(store, consumer, place)
-            left = None if left is None else left - len(rows)
-            if left == 0 or (not rows and bell is None):
-                return
+            left -= len(rows)
+            if not rows and bell is None:
+                break
             if not rows and bell is not None:
                 bell.wait(1.0)
     finally:
         if bell is not None:
             bell.close()
+    if one_document:
+        write_out("[]" if separator == "[" else "]")
+
+
+def place_to_start(store: Store, topic: str, since: tuple[str, int] | None, limit: int | None, consumer: str | None) -> tuple[int, int]:
+    """After which event, and from which instant on, a stream begins: the consumer's place, --since, or the newest few."""
+    place = store.value(GET_CURSOR, name=consumer) if consumer else None
+    if place is not None:
+        return place, 0
+    if since is not None:
+        return (since[1], 0) if since[0] == "event" else (0, instant_since(since, clock()))
+    return (0 if consumer else first_of_newest(store, topic, limit or 10)), 0
 
 
 def keep_place(store: Store, consumer: str, place: int) -> None:
@@ -4530,8 +4609,13 @@ def config_list(app: App) -> None:
     """All settings."""
     store = app.store()
     documents = [setting_document(store, name) for name in SETTINGS]
-    rows = [(d["name"], str(d["value"]), "" if d["is_default"] else "set", d["description"]) for d in documents]
-    app.show(documents, lambda: show_table(("SETTING", "VALUE", "", "WHAT IT DOES"), rows, ""))
+
+    def plain() -> None:
+        for document in documents:
+            write_out(f"{document['name']}  {document['value']}" + ("" if document["is_default"] else "  (set)"))
+            write_out(f"    {document['description']}")
+
+    app.show(documents, plain)
 
 
 @command("config get", arg("name"))
@@ -4698,8 +4782,19 @@ def call(argv: list[str]) -> int:
         return GraceError.exit_code
 
 
+def open_standard_streams() -> None:
+    """Put /dev/null where a standard stream was closed, before a file of ours gets its number."""
+    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, os.fdopen(fd, mode, closefd=False))
+
+
 def main() -> None:
     """The console script. The process ends at once: unwinding the interpreter would cost a tenth of a command's time."""
+    open_standard_streams()
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     status = call(sys.argv[1:])
     with contextlib.suppress(OSError, ValueError):
