@@ -83,6 +83,7 @@ MAX_DURATION = 10 * YEAR
 MAX_INSTANT = 253_402_300_799_999  # 9999-12-31T23:59:59.999Z
 MAX_JSON = 1 << 20
 MAX_DEPTH = 64
+MAX_LINE = MAX_JSON + 100_000  # of a batch: a full context and the rest
 LATE_MS = 500  # a step noticed later than this is marked late
 UNHURRIED_MS = HOUR  # within its class, a task without an SLA is placed as if it had this one
 CLAIM_BATCH = 64
@@ -292,6 +293,17 @@ def check_text(text: str, what: str, longest: int) -> str:
     return text
 
 
+UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f"
+    "\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+
+
+def printable(text: str) -> str:
+    r"""Text from outside, safe to show: what a terminal would obey or hide stands as \u{…}."""
+    return UNPRINTABLE.sub(lambda match: f"\\u{{{ord(match[0]):x}}}", text)
+
+
 def raised(priority: str, to: str) -> str:
     """The higher of two priorities."""
     return PRIORITIES[min(PRIORITIES.index(priority), PRIORITIES.index(to))]
@@ -416,6 +428,9 @@ STANDSTILL = 30  # seconds without progress after which a writer gives up
 NETWORK_FILESYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "fuse.sshfs", "fuse.s3fs", "fuse.rclone"}
 
 
+LONGEST_PATH = 500  # SQLite's own limit is 512, with what it adds to the name
+
+
 def clock() -> int:
     """Now, in milliseconds since 1970."""
     return time.time_ns() // 1_000_000
@@ -495,6 +510,20 @@ class Tx(Reader):
 
     def total(self, name: str, by: int = 1) -> None:
         self._totals[name] = self._totals.get(name, 0) + by
+
+    @contextlib.contextmanager
+    def savepoint(self) -> Iterator[None]:
+        """A part that may be taken back by itself."""
+        counts, totals = dict(self._counts), dict(self._totals)
+        self.run("SAVEPOINT part")
+        try:
+            yield
+        except BaseException:
+            self._counts, self._totals = counts, totals
+            self.run("ROLLBACK TO part")
+            raise
+        finally:
+            self.run("RELEASE part")
 
     def flush(self) -> None:
         """Write what was counted. Called once, before COMMIT."""
@@ -692,6 +721,8 @@ def back_up(con: apsw.Connection, target: str) -> None:
 def check_place(path: str) -> None:
     """The database's file, made empty where there was none; a clear refusal where there can be none."""
     folder = os.path.dirname(path)
+    if len(os.fsencode(path)) > LONGEST_PATH:
+        raise DatabaseError(f"the database's path has more than {LONGEST_PATH} bytes, which is too long for SQLite", "name another file with --db")
     try:
         path.encode()
         os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -1230,8 +1261,8 @@ def next_instant(reader: Reader) -> int | None:
 
 DUE = "SELECT * FROM htm_tasks WHERE next_at <= :now ORDER BY next_at LIMIT :n"
 RESCUE_OF = "SELECT * FROM htm_tasks WHERE parent_task_id = :id AND task_type = 'rescue' ORDER BY seq DESC LIMIT 1"
-WAITING_RESCUES = """SELECT * FROM htm_tasks WHERE task_type = 'rescue' AND handler IS NULL AND status = 'queued'
-  ORDER BY seq LIMIT 20"""
+WAITING_RESCUES = """SELECT * FROM htm_tasks WHERE task_type = 'rescue' AND handler IS NULL AND finished_at IS NULL
+    AND (status = 'queued' OR (status = 'running' AND assigned_worker = :worker)) ORDER BY seq LIMIT 20"""
 
 
 def sweep(tx: Tx) -> int:
@@ -1326,7 +1357,8 @@ def spawn_rescue(tx: Tx, task: Row) -> str | None:
 
 # =====================================================================================================================
 # learning
-# What came of each task, written once, in the transaction that ended it; and the all-time totals behind `status`.
+# What came of each task, written once, in the transaction that ended it; and the all-time totals behind `status`. The
+# outcomes are what later decisions about deadlines can rest on.
 
 INSERT_OUTCOME = """INSERT INTO outcome_records (task_id, intent_id, action_type, handler, domain, success, confidence_score,
     execution_time, context, created_at)
@@ -1369,6 +1401,7 @@ def add_totals(tx: Tx, task: Row) -> None:
 # =====================================================================================================================
 # intents
 # The goal's own row. Its status follows its current task in the same transaction, and it learns from the outcome once.
+# Rescues and tasks that were replaced move no intent.
 
 INSERT_INTENT = """INSERT INTO intent_records (intent_id, htm_task_id, goal, expected_outcome, domain, handler, priority, status,
     sla_ms, confidence, risk_level, context, created_at, dispatched_at, created_by, idempotency_key)
@@ -1402,7 +1435,7 @@ def follow(tx: Tx, task: Row) -> None:
 
 def follow_final(tx: Tx, task: Row) -> bool:
     """Close the intent with its task; whether it was this task's to close."""
-    closed = tx.run(FOLLOW_FINAL, intent_id=task["intent_id"], task_id=task["task_id"], status=task["status"], now=tx.now,
+    closed = tx.run(FOLLOW_FINAL, intent_id=task["intent_id"], task_id=task["task_id"], status=task["status"], now=task["finished_at"],
                     success=int(task["status"] == "completed"), sla_met=task["sla_met"], result=task["result"],
                     execution_ms=task["execution_time_ms"])  # fmt: skip
     if closed:
@@ -1440,7 +1473,7 @@ def submit(tx: Tx, specs: Iterable[Row]) -> list[Row]:
     keys: dict[str, Row] = {}
     handlers: dict[str, Row] = {}
     taken: set[str] = set()
-    for number, given in enumerate(specs, 1):
+    for given in specs:
         spec = {**SPEC_DEFAULTS, **given}
         first = keys.get(spec["key"]) or duplicate_of(tx, spec["key"]) if spec["key"] else None
         if first:
@@ -1448,13 +1481,13 @@ def submit(tx: Tx, specs: Iterable[Row]) -> list[Row]:
             continue
         try:
             intent, task = intent_and_task(tx, spec, handlers, taken)
+            if spec["after"]:  # what came before in this batch must be findable
+                insert_pairs(tx, made)
+                made.clear()
+                block(tx, task, spec["after"])
         except GraceError as error:
-            error.message = f"line {spec.get('line', number)}: {error.message}" if "line" in spec else error.message
+            error.message = f"--batch: line {spec['line']}: {error.message}" if "line" in spec else error.message
             raise
-        if spec["after"]:  # what came before in this batch must be findable
-            insert_pairs(tx, made)
-            made.clear()
-            block(tx, task, spec["after"])
         made.append((intent, task))
         done.append({"intent_id": intent["intent_id"], "task_id": task["task_id"], "status": task["status"],
                      "sla_deadline": format_instant(task["sla_deadline"]), "duplicate": False})  # fmt: skip
@@ -1566,14 +1599,14 @@ def start(tx: Tx, task: Row, pid: int | None, pid_started: int | None, boot_id: 
     return row
 
 
-def end_attempt(tx: Tx, task_id: str, attempt_id: str, ending: Row) -> Row:
+def end_attempt(tx: Tx, task_id: str, attempt_id: str, ending: Row) -> Row | None:
     """An attempt has ended: close its row and decide what becomes of the task; the task's row afterwards.
 
     `ending`: outcome, ended_by, exit_status, error, result, retry (False: no further attempt), log_bytes, log_dropped.
-    A task that the attempt no longer owns is left as it is."""
-    task = get_task(tx, task_id)
+    A task that the attempt no longer owns is left as it is; one that somebody has deleted is None."""
+    task = tx.one(GET_TASK, id=task_id)
     end_attempt_row(tx, attempt_id, ending)
-    if task["attempt_id"] != attempt_id:
+    if task is None or task["attempt_id"] != attempt_id:
         return task
     outcome = ending["outcome"]
     if outcome == "completed":
@@ -1609,6 +1642,14 @@ def finish(tx: Tx, task: Row, status: str, reason: str | None, ending: Row, caus
     """End a task for good, with all that hangs on it: missed steps, intent, outcome, rescue, dependants.
 
     `cause` is the rescue by whose own command it ends, which then goes on."""
+    row, closed = finish_one(tx, task, status, reason, ending, cause)
+    if closed:
+        settle_dependants(tx, row)
+    return row
+
+
+def finish_one(tx: Tx, task: Row, status: str, reason: str | None, ending: Row, cause: str | None = None) -> tuple[Row, bool]:
+    """End one task and its rescue; its row, and whether its intent has ended with it."""
     task = take_due_steps(tx, task, setting(tx, "queue.age_every"), ending=True)
     result = ending.get("result")
     row = changed_task(tx, task, FINISH, status=status, reason=reason, result=None if result is None else to_json(result),
@@ -1617,11 +1658,10 @@ def finish(tx: Tx, task: Row, status: str, reason: str | None, ending: Row, caus
                        execution_ms=execution_ms(task, tx.now), attempt_id=task["attempt_id"] or "")  # fmt: skip
     add_totals(tx, row)
     end_rescue_of(tx, row, cause)
-    if row["task_type"] != "rescue":
-        record_outcome(tx, row)
-        if follow_final(tx, row):
-            settle_dependants(tx, row)
-    return row
+    if row["task_type"] == "rescue":
+        return row, False
+    record_outcome(tx, row)
+    return row, follow_final(tx, row)
 
 
 def end_rescue_of(tx: Tx, task: Row, cause: str | None) -> None:
@@ -1637,13 +1677,18 @@ def end_rescue_of(tx: Tx, task: Row, cause: str | None) -> None:
 
 
 def settle_dependants(tx: Tx, task: Row) -> None:
-    """Free the tasks that waited for this intent, or cancel them when it did not complete."""
-    for waiting in tx.all(DEPENDANTS, intent_id=task["intent_id"]):
-        if task["status"] != "completed":
-            finish(tx, waiting, "cancelled", "dependency_failed", {"error": f"the intent {task['intent_id']} ended {task['status']}"})
-        elif not tx.value(WAITS_STILL, task_id=waiting["task_id"]):
-            ahead = {**waiting, "status": "queued"}
-            changed_task(tx, waiting, UNBLOCK, next_at=next_step_at(ahead, setting(tx, "queue.age_every")))
+    """Free the tasks that waited for this task's intent; when it did not complete, cancel them and all that waits for those."""
+    ended = [task]
+    while ended:
+        last = ended.pop()
+        for waiting in tx.all(DEPENDANTS, intent_id=last["intent_id"]):
+            if last["status"] != "completed":
+                error = f"the intent {last['intent_id']} ended {last['status']}"
+                row, closed = finish_one(tx, waiting, "cancelled", "dependency_failed", {"error": error})
+                ended += [row] if closed else []
+            elif not tx.value(WAITS_STILL, task_id=waiting["task_id"]):
+                ahead = {**waiting, "status": "queued"}
+                changed_task(tx, waiting, UNBLOCK, next_at=next_step_at(ahead, setting(tx, "queue.age_every")))
 
 
 def cancel(tx: Tx, task: Row, reason: str = "cancelled", cause: str | None = None) -> Row:
@@ -1721,8 +1766,8 @@ def complete_by_command(tx: Tx, task_id: str, worker: str, attempt_id: str | Non
     task = get_task(tx, task_id)
     cause = rescue_for(tx, task_id, None if task["assigned_worker"] == worker else worker, attempt_id, rescue_id)
     if cause is None:
-        task = own_attempt(tx, task_id, worker, attempt_id)
-        return end_attempt(tx, task_id, task["attempt_id"], ending)
+        end_attempt(tx, task_id, own_attempt(tx, task_id, worker, attempt_id)["attempt_id"], ending)
+        return get_task(tx, task_id)
     if task["status"] in FINAL:
         raise ConflictError(f"the task {task_id} has ended already ({task['status']})")
     return finish(tx, reach_running(tx, task, worker), ending["outcome"], "rescued", ending, cause)
@@ -1743,15 +1788,17 @@ def reach_running(tx: Tx, task: Row, worker: str) -> Row:
     return changed_task(tx, task, START, attempt_id=task["attempt_id"]) if task["status"] == "assigned" else task
 
 
-def recover(tx: Tx, attempt: Row, rebooted: bool = False) -> Row:
-    """The worker of this attempt is gone, and so are its processes: back to the queue, or the end of it."""
-    task = get_task(tx, attempt["task_id"])
+def recover(tx: Tx, attempt: Row, rebooted: bool = False) -> Row | None:
+    """The worker of this attempt is gone, and so are its processes: back to the queue, or the end of it.
+
+    The task's row afterwards; None when somebody has deleted the task."""
+    task = tx.one(GET_TASK, id=attempt["task_id"])
     end_attempt_row(tx, attempt["attempt_id"], {"outcome": "lost", "ended_by": "recovery", "error": "its worker died"})
-    if task["attempt_id"] != attempt["attempt_id"]:
+    if task is None or task["attempt_id"] != attempt["attempt_id"]:
         return task
     if task["task_type"] == "command":
         return finish(tx, task, "failed", "runner_died", {"error": "the process of `grace run` died"})
-    died = task["status"] == "running" and not rebooted
+    died = not rebooted  # its process may have run, even when nobody came to record that
     limit = (tx.one(GET_HANDLER, name=task["handler"]) or HANDLER_DEFAULTS)["max_recoveries"]
     if died and task["deaths"] >= limit:
         return finish(tx, task, "failed", "poison", {"error": f"its worker died {task['deaths'] + 1} times while it ran"})
@@ -1778,8 +1825,9 @@ RECREATE_INTENT = """INSERT INTO intent_records (intent_id, htm_task_id, goal, e
     :confidence, :risk_level, :context, :result, :created_at, :created_at, :finished_at, :execution_ms, :created_by, :learned)"""
 DISPATCH_ORPHAN = "UPDATE intent_records SET status = 'dispatched', htm_task_id = :task_id, dispatched_at = :now WHERE intent_id = :intent_id"
 ABANDON_INTENT = """UPDATE intent_records SET status = 'cancelled', completed_at = :now, success = 0 WHERE intent_id = :intent_id"""
-CATCH_UP = """UPDATE intent_records SET status = :status, completed_at = :finished_at, success = :success, sla_met = :sla_met,
-    result = :result, actual_execution_ms = :execution_ms, learned_from = 1 WHERE intent_id = :intent_id"""
+RECOUNT_OPEN = """INSERT INTO task_counts (handler, status, priority, level, n)
+  SELECT COALESCE(handler, ''), status, priority, escalation_level, COUNT(*) FROM htm_tasks WHERE finished_at IS NULL
+  GROUP BY COALESCE(handler, ''), status, priority, escalation_level"""
 NOT_LEARNED = """SELECT t.* FROM intent_records i JOIN htm_tasks t ON t.task_id = i.htm_task_id
   WHERE i.learned_from = 0 AND i.completed_at IS NOT NULL AND t.finished_at IS NOT NULL ORDER BY i.seq LIMIT 200"""
 
@@ -1787,12 +1835,10 @@ NOT_LEARNED = """SELECT t.* FROM intent_records i JOIN htm_tasks t ON t.task_id 
 def repair(tx: Tx) -> int:
     """Mend the links between intents and tasks that somebody has broken; the number mended, each with an event."""
     suspects = tx.all(SUSPECTS)
-    mended = 0
-    for suspect in suspects:
-        done = [mend_task(tx, suspect["task_id"]) if suspect["task_id"] else None,
-                mend_intent(tx, suspect["intent_id"]) if suspect["intent_id"] else None]  # fmt: skip
-        mended += len([emit_repair(tx, what, suspect) for what in done if what])
-        tx.run("DELETE FROM bridge_suspects WHERE seq = :seq", seq=suspect["seq"])
+    if suspects:  # somebody has written by hand
+        tx.run("DELETE FROM task_counts WHERE status IN ('queued', 'blocked', 'assigned', 'running')")
+        tx.run(RECOUNT_OPEN)
+    mended = sum(mend(tx, suspect) for suspect in suspects)
     for task in tx.all(NOT_LEARNED):
         if not tx.one(OUTCOME_OF, id=task["task_id"]):
             record_outcome(tx, task)
@@ -1800,10 +1846,21 @@ def repair(tx: Tx) -> int:
     return mended
 
 
-def emit_repair(tx: Tx, what: str, suspect: Row) -> str:
-    emit(tx, "bridge.repaired", suspect["intent_id"] or suspect["task_id"],
-         {"task_id": suspect["task_id"], "intent_id": suspect["intent_id"], "repair": what})  # fmt: skip
-    return what
+def mend(tx: Tx, suspect: Row) -> int:
+    """Look at one suspect and mend what is broken; one that cannot be mended is recorded so and stops nothing."""
+    done: list[str | None] = []
+    try:
+        with tx.savepoint():
+            done += [mend_task(tx, suspect["task_id"])] if suspect["task_id"] else []
+            done += [mend_intent(tx, suspect["intent_id"])] if suspect["intent_id"] else []
+    except GraceError as error:
+        done = [f"impossible: {error.message}"]
+    tx.run("DELETE FROM bridge_suspects WHERE seq = :seq", seq=suspect["seq"])
+    repairs = [what for what in done if what]
+    for what in repairs:
+        emit(tx, "bridge.repaired", suspect["intent_id"] or suspect["task_id"],
+             {"task_id": suspect["task_id"], "intent_id": suspect["intent_id"], "repair": what})  # fmt: skip
+    return len(repairs)
 
 
 def mend_task(tx: Tx, task_id: str) -> str | None:
@@ -1813,25 +1870,62 @@ def mend_task(tx: Tx, task_id: str) -> str | None:
         return None
     named = tx.one(INTENT_FOR_TASK, id=task_id)
     if named:
-        tx.run(LINK_TASK, task_id=task_id, intent_id=named["intent_id"])
+        link(tx, named, task)
         return "task_relinked"
     if task["task_type"] == "rescue":
         parent = tx.one(GET_TASK, id=task["parent_task_id"])
         if parent and parent["intent_id"]:
             tx.run(LINK_TASK, task_id=task_id, intent_id=parent["intent_id"])
         return "rescue_relinked" if parent else None
-    payload = json.loads(task["payload"])
-    known = payload if isinstance(payload, dict) else {}
-    intent_id = task["intent_id"] or known.get("intent_id") or new_id("int", tx.now)
-    tx.run(RECREATE_INTENT, intent_id=intent_id, task_id=task_id, goal=task["goal"], expected_outcome=known.get("expected_outcome"),
-           domain=task["domain"], handler=task["handler"], priority=task["priority"],
-           status=INTENT_OF_TASK.get(task["status"], task["status"]), sla_ms=task["sla_ms"], sla_met=task["sla_met"],
-           success=None if task["finished_at"] is None else int(task["status"] == "completed"), confidence=known.get("confidence"),
-           risk_level=known.get("risk_level"), context=to_json(known.get("context", {})), result=task["result"],
-           created_at=task["created_at"], finished_at=task["finished_at"], execution_ms=task["execution_time_ms"],
-           created_by=known.get("created_by") or "bridge", learned=int(task["finished_at"] is not None))  # fmt: skip
+    told = usable_payload(task["payload"])
+    intent = tx.one(GET_INTENT, id=told.get("intent_id"))
+    if intent and not tx.one(GET_TASK, id=intent["htm_task_id"]):
+        link(tx, intent, task)
+        return "task_relinked"
+    intent_id = task["intent_id"] or (told.get("intent_id") if intent is None else None) or new_id("int", tx.now)
+    recreate_intent(tx, task, intent_id, told)
     tx.run(LINK_TASK, task_id=task_id, intent_id=intent_id)
     return "intent_recreated"
+
+
+def usable_payload(text: str) -> Row:
+    """Of a payload that anybody may have written, what an intent can be made of."""
+    told = json.loads(text)
+    if not isinstance(told, dict):
+        return {}
+    usable: dict[str, Callable[[Any], Any]] = {
+        "intent_id": lambda value: isinstance(value, str) and OWN_ID.fullmatch(value),
+        "expected_outcome": lambda value: isinstance(value, str) and 1 <= len(value) <= 2000,
+        "confidence": lambda value: isinstance(value, (int, float)) and 0 <= value <= 1,
+        "risk_level": lambda value: value in RISK_LEVELS,
+        "created_by": lambda value: isinstance(value, str) and 1 <= len(value) <= 128,
+        "context": lambda value: isinstance(value, dict),
+    }
+    return {name: told[name] for name, fits in usable.items() if name in told and fits(told[name])}
+
+
+def recreate_intent(tx: Tx, task: Row, intent_id: str, told: Row) -> None:
+    final = task["finished_at"] is not None
+    tx.run(RECREATE_INTENT, intent_id=intent_id, task_id=task["task_id"], goal=task["goal"], expected_outcome=told.get("expected_outcome"),
+           domain=task["domain"], handler=task["handler"], priority=task["priority"],
+           status=INTENT_OF_TASK.get(task["status"], task["status"]), sla_ms=task["sla_ms"], sla_met=task["sla_met"],
+           success=int(task["status"] == "completed") if final else None, confidence=told.get("confidence"),
+           risk_level=told.get("risk_level"), context=to_json(told.get("context", {})), result=task["result"],
+           created_at=task["created_at"], finished_at=task["finished_at"], execution_ms=task["execution_time_ms"],
+           created_by=told.get("created_by", "bridge"), learned=int(final))  # fmt: skip
+
+
+def link(tx: Tx, intent: Row, task: Row) -> None:
+    """Tie the two together again, and bring the intent to where its task is."""
+    tx.run(LINK_INTENT, intent_id=intent["intent_id"], task_id=task["task_id"])
+    tx.run(LINK_TASK, task_id=task["task_id"], intent_id=intent["intent_id"])
+    if intent["status"] == "created":
+        tx.run(DISPATCH_ORPHAN, intent_id=intent["intent_id"], task_id=task["task_id"], now=tx.now)
+    linked = get_task(tx, task["task_id"])
+    if linked["finished_at"] is None:
+        follow(tx, linked)
+    elif follow_final(tx, linked):
+        settle_dependants(tx, linked)
 
 
 def mend_intent(tx: Tx, intent_id: str) -> str | None:
@@ -1844,8 +1938,7 @@ def mend_intent(tx: Tx, intent_id: str) -> str | None:
         return None
     task = tx.one(TASK_FOR_INTENT, id=intent_id)
     if task:
-        tx.run(LINK_INTENT, intent_id=intent_id, task_id=task["task_id"])
-        catch_up(tx, intent, task)
+        link(tx, intent, task)
         return "intent_relinked"
     if intent["status"] in FINAL:
         tx.run(LINK_INTENT, intent_id=intent_id, task_id=None)
@@ -1864,18 +1957,6 @@ def mend_intent(tx: Tx, intent_id: str) -> str | None:
     insert_tasks(tx, [row])
     tx.run(DISPATCH_ORPHAN, intent_id=intent_id, task_id=row["task_id"], now=tx.now)
     return "intent_dispatched"
-
-
-def catch_up(tx: Tx, intent: Row, task: Row) -> None:
-    """Bring a relinked intent to where its task is."""
-    if intent["status"] == "created":
-        tx.run(DISPATCH_ORPHAN, intent_id=intent["intent_id"], task_id=task["task_id"], now=tx.now)
-    if task["finished_at"] is not None and intent["completed_at"] is None:
-        tx.run(CATCH_UP, intent_id=intent["intent_id"], status=task["status"], finished_at=task["finished_at"],
-               success=int(task["status"] == "completed"), sla_met=task["sla_met"], result=task["result"],
-               execution_ms=task["execution_time_ms"])  # fmt: skip
-    elif task["finished_at"] is None and intent["completed_at"] is None and intent["status"] != INTENT_OF_TASK[task["status"]]:
-        tx.run(FOLLOW_OPEN, intent_id=intent["intent_id"], task_id=task["task_id"], status=INTENT_OF_TASK[task["status"]])
 
 
 # =====================================================================================================================
@@ -2150,6 +2231,9 @@ def payload_file(text: str) -> int:
     return fd
 
 
+STEERING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # what tells a supervisor to stop or to renew itself
+
+
 class Supervisor:
     """The running attempts of this process, and one selector for all that may wake it: pipes, signals, the bell."""
 
@@ -2167,9 +2251,11 @@ class Supervisor:
             os.set_blocking(fd, False)
         signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         self.selector.register(self._read_end, selectors.EVENT_READ, self._hear)
-        for signum in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for signum in (signal.SIGCHLD, *STEERING):
             signal.signal(signum, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STEERING)
         self._watched: list[int] = []
+        self._home = os.open(".", os.O_RDONLY)
 
     def _on_signal(self, signum: int, frame: Any) -> None:
         if signum != signal.SIGCHLD:
@@ -2198,10 +2284,13 @@ class Supervisor:
             make_attempt_folder(result)
             if not foreground:
                 os.chdir(handler["cwd"] or "/")
-        except OSError as error:
+            program = find_program(argv[0], environment.get("PATH", os.defpath))
+            self._start(child, program, argv, environment, None if foreground else to_json(payload))
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
             raise SpawnError(f"cannot use the directory {error.filename}: {error.strerror}", 126) from error
-        program = find_program(argv[0], environment.get("PATH", os.defpath))
-        self._start(child, program, argv, environment, None if foreground else to_json(payload))
+        finally:
+            if not foreground:
+                os.fchdir(self._home)
         if task["timeout_ms"]:
             child.timeout_at = time.monotonic() + task["timeout_ms"] / 1000
         return child
@@ -2323,9 +2412,12 @@ class Supervisor:
 
     def next_at(self) -> float:
         """The monotonic instant at which an attempt has to be ended or killed."""
-        instants = [min(child.timeout_at if child.why is None else float("inf"), child.kill_at,
-                        child.victims.kill_at if child.victims and not child.victims.killed else float("inf"))
-                    for child in self.children.values()]  # fmt: skip
+        instants: list[float] = []
+        for child in self.children.values():
+            if child.exit_status is None:
+                instants += [child.kill_at] if child.why else [child.timeout_at, child.kill_at]
+            elif child.victims and not child.victims.killed:
+                instants.append(child.victims.kill_at)
         return min(instants, default=float("inf"))
 
     def wait(self, seconds: float) -> None:
@@ -2344,8 +2436,7 @@ class Supervisor:
                 send(child.pid, signal.SIGKILL, group=True)
         self._reap()
         self._unwatch()
-        over = [child for child in self.children.values()
-                if child.exit_status is not None and self._survivors_gone(child) and self._copied(child)]  # fmt: skip
+        over = [child for child in self.children.values() if child.exit_status is not None and self._survivors_gone(child)]
         for child in over:
             del self.children[child.pid]
             child.log.close()
@@ -2382,15 +2473,9 @@ class Supervisor:
             if copy.rest and not copy.watched:
                 self._watch_copy(child, fd, copy)
 
-    def _copied(self, child: Child) -> bool:
-        """Whether our output has taken all; an attempt that was ended early does not wait for that."""
-        if child.why:
-            for copy in child.copies.values():
-                copy.rest.clear()
-                if copy.watched:
-                    self.selector.unregister(copy.target)
-                    copy.watched = False
-        return not any(copy.rest for copy in child.copies.values())
+    def undelivered(self, child: Child) -> bool:
+        """Whether our own output has not yet taken all that a command wrote."""
+        return any(copy.rest for copy in child.copies.values())
 
     def _survivors_gone(self, child: Child) -> bool:
         if child.victims is None:
@@ -2418,7 +2503,7 @@ class Supervisor:
     def close(self) -> None:
         signal.set_wakeup_fd(-1)
         self.selector.close()
-        for fd in (self._read_end, self._write_end):
+        for fd in (self._read_end, self._write_end, self._home):
             os.close(fd)
 
 
@@ -2534,7 +2619,7 @@ BEAT = "UPDATE workers SET heartbeat_at = :now, state = :state, slots = :slots W
 STOP_WORKER = "UPDATE workers SET state = 'stopped', stopped_at = :now WHERE worker_id = :worker AND stopped_at IS NULL"
 OTHER_WORKERS = "SELECT * FROM workers WHERE stopped_at IS NULL AND worker_id <> :worker"
 GET_WORKER = "SELECT * FROM workers WHERE worker_id = :worker"
-TAKEN_AWAY = """SELECT a.attempt_id, a.stop_requested, t.status FROM htm_task_attempts a JOIN htm_tasks t ON t.task_id = a.task_id
+TAKEN_AWAY = """SELECT a.attempt_id, a.stop_requested, t.status FROM htm_task_attempts a LEFT JOIN htm_tasks t ON t.task_id = a.task_id
   WHERE a.worker_id = :worker AND a.finished_at IS NULL
     AND (a.stop_requested IS NOT NULL OR t.attempt_id IS NULL OR t.attempt_id <> a.attempt_id)"""
 BUSY = "SELECT COALESCE(SUM(n), 0) AS n FROM task_counts WHERE status IN ('assigned', 'running')"
@@ -2621,7 +2706,7 @@ class Burial:
         self.victims = Victims(pids, max((self._kill_after(row) for row in attempts), default=0))
 
     def _kill_after(self, attempt: Row) -> int:
-        task = get_task(self.store, attempt["task_id"])
+        task = self.store.one(GET_TASK, id=attempt["task_id"]) or {"handler": None}
         return int((self.store.one(GET_HANDLER, name=task["handler"]) or HANDLER_DEFAULTS)["kill_after_ms"])
 
     def step(self) -> bool:
@@ -2670,7 +2755,7 @@ def program_starts() -> bool:
     """Whether the program on the disk, perhaps a newer one, comes up at all."""
     argv = [*own_command(), "--version"]
     quiet = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
-    pid = os.posix_spawn(argv[0], argv, os.environ, file_actions=quiet)
+    pid = os.posix_spawn(argv[0], argv, os.environ, file_actions=quiet, setsigmask=[])
     return os.waitpid(pid, 0)[1] == 0
 
 
@@ -2712,12 +2797,14 @@ def stuck_facts(store: Store, task_id: str) -> Row:
 
 
 def perform_rescue(store: Store, rescue: Row, worker: str, only: Iterable[str] = ()) -> Row | None:
-    """Do one built-in rescue and record what it found and did; the original, taken, when it is to be run now."""
-    mine = store.write(lambda tx: begin_rescue(tx, rescue, worker))
+    """Do one built-in rescue and record what it found and did; the original, taken, when it is to be run now.
+
+    One that is running already is ours, and could not be concluded before."""
+    mine = rescue if rescue["status"] == "running" else store.write(lambda tx: begin_rescue(tx, rescue, worker))
     if mine is None:
         return None
-    stuck = get_task(store, rescue["parent_task_id"])
-    attempt = store.one(OPEN_ATTEMPT, id=stuck["task_id"])
+    stuck = store.one(GET_TASK, id=rescue["parent_task_id"]) or {"handler": None}
+    attempt = store.one(OPEN_ATTEMPT, id=rescue["parent_task_id"])
     state, facts = "none", {}
     if attempt is not None:
         owner = store.one(GET_WORKER, worker=attempt["worker_id"])
@@ -2735,7 +2822,10 @@ def begin_rescue(tx: Tx, rescue: Row, worker: str) -> Row | None:
 
 def conclude_rescue(tx: Tx, rescue: Row, worker: str, state: str, facts: Row, served: bool) -> Row | None:
     """Decide on the stuck task as it is now, act, and end the rescue with a result that says so."""
-    stuck = get_task(tx, rescue["parent_task_id"])
+    stuck = tx.one(GET_TASK, id=rescue["parent_task_id"])
+    if stuck is None:
+        end_attempt(tx, rescue["task_id"], rescue["attempt_id"], {"outcome": "completed", "result": {"found": "the task was deleted", "did": "nothing"}})
+        return None
     handler = tx.one(GET_HANDLER, name=stuck["handler"])
     active = tx.value(OPEN_ATTEMPTS_OF_HANDLER, name=stuck["handler"])
     found, plan = rescue_plan(stuck, handler, active, state, (handler or HANDLER_DEFAULTS)["on_critical"], served, tx.now)
@@ -2845,8 +2935,9 @@ class Daemon:
         while self.sup.signals:
             signum = self.sup.signals.pop(0)
             if signum == signal.SIGHUP:
-                self.reload = True
+                self.reload = self.stop_at is None
             elif self.stop_at is None:
+                self.reload = False
                 self.stop_at = time.monotonic() + self.grace_ms / 1000
                 notify_systemd("STOPPING=1\nSTATUS=waiting for handlers to finish")
                 self.say("stopping", {"running": len(self.sup.children)})
@@ -2859,13 +2950,17 @@ class Daemon:
 
     def _watch_clocks(self) -> None:
         """Notice sleep and steps of the clock: recorded once, leases moved along, the ladder looked at afresh."""
-        now = clocks()
-        asleep, step = clock_jump(self.last_clocks, now)
+        before, now = self.last_clocks, clocks()
+        asleep, step = clock_jump(before, now)
         self.last_clocks = now
         if asleep < SECOND and abs(step) < SECOND:
             return
 
         def record(tx: Tx) -> None:
+            known = (tx.value(GET_SETTING, name="_clock_jump") or " 0").split()
+            if known[0] == boot_id() and int(known[-1]) > before[2]:
+                return  # another daemon has seen the same jump, and moved the leases
+            tx.run(SET_SETTING, name="_clock_jump", value=f"{boot_id()} {now[2]}", now=tx.now)
             tx.run(EXTEND_LEASES, by=asleep + step)
             emit(tx, "daemon.suspended", self.worker, {"worker_id": self.worker, "asleep_ms": asleep, "clock_step_ms": step})
 
@@ -2917,7 +3012,7 @@ class Daemon:
             due = next_instant(self.store)
         if self.drain or self.stop_at is not None:
             return
-        for rescue in self.store.all(WAITING_RESCUES):
+        for rescue in self.store.all(WAITING_RESCUES, worker=self.worker):
             original = perform_rescue(self.store, rescue, self.worker, self.only)
             self.orders = True
             if original:
@@ -3007,10 +3102,9 @@ class Daemon:
 
     def _execute_anew(self) -> None:
         """Replace this program by its newest version, with the same pid, lock and children."""
+        if self._settle() or self.ended or any(child.exit_status is not None for child in self.sup.children.values()):
+            return  # soon: what is over is recorded by this image
         self.reload = False
-        if self._settle() or self.ended:
-            self.reload = True
-            return
         if not program_starts():
             self.say("trouble", {"message": "the program does not start any more; going on with the old one"})
             return
@@ -3021,6 +3115,7 @@ class Daemon:
         state = {"worker": self.worker, "lock": self.enlistment.lock, "since": self.store.since,
                  "children": [child.facts() for child in self.sup.children.values()]}  # fmt: skip
         signal.set_wakeup_fd(-1)
+        signal.pthread_sigmask(signal.SIG_BLOCK, STEERING)  # until the new image listens
         handover = payload_file(to_json(state))
         for fd in [*fds, handover]:
             os.set_inheritable(fd, True)
@@ -3072,13 +3167,14 @@ def resumed_state() -> Row | None:
 class Runner:
     """`grace run`: one command in the foreground, as a task with its own ladder, log and events."""
 
-    def __init__(self, store: Store, spec: Row, argv: list[str]):
-        self.store, self.argv, self.spec = store, argv, spec
+    def __init__(self, store: Store, spec: Row, argv: list[str], complain: Callable[[str], None]):
+        self.store, self.argv, self.spec, self.complain = store, argv, spec, complain
         store.since = clock()
         self.enlistment = Enlistment(store, "runner", 1)
         self.worker = self.enlistment.worker
         self.sup = Supervisor(store, self.worker)
         self.stopped_by = 0
+        self.unrecorded = False  # the database took no more
         self.task: Row = {}
 
     def run(self) -> Row:
@@ -3093,7 +3189,7 @@ class Runner:
         while True:
             status = self._attempt(status)
             self.task = get_task(self.store, done["task_id"])
-            if self.task["status"] in FINAL or not self._pause():
+            if self.unrecorded or self.task["status"] in FINAL or not self._pause():
                 break
         bell.close()
         self._close()
@@ -3118,20 +3214,38 @@ class Runner:
         try:
             child = self.sup.spawn(self.task, HANDLER_DEFAULTS, self.argv)
         except SpawnError as error:
-            sys.stderr.write(f"grace: {error}\n")
+            self.complain(str(error))
             ending = {"outcome": "failed", "ended_by": "exit", "error": str(error), "exit_status": error.exit_status, "retry": False}
-            self.store.write(lambda tx: end_attempt(tx, self.task["task_id"], self.task["attempt_id"], ending))
+            self._record(lambda tx: end_attempt(tx, self.task["task_id"], self.task["attempt_id"], ending))
             return error.exit_status
-        self.store.write(lambda tx: self._mark(tx, child), durable=False)
+        self._record(lambda tx: self._mark(tx, child))
         self._watch(child)
         if child.has_terminal:
             give_terminal(os.getpgrp())
         ending = ending_of(child, self.store.path)
         if self.stopped_by:
             ending = {**ending, "outcome": "failed", "retry": False, "reason": "interrupted", "error": f"interrupted by {signal_name(self.stopped_by)}"}
-        self.store.write(lambda tx: end_attempt(tx, child.task_id, child.attempt_id, ending))
+        self._record(lambda tx: end_attempt(tx, child.task_id, child.attempt_id, ending))
         forget_result(self.store.path, child.attempt_id)
+        while self.sup.undelivered(child) and not child.why and not self._signals():
+            self.sup.wait(1.0)
         return 124 if child.why == "timeout" else int(child.exit_status or 0)
+
+    def _record(self, fn: Callable[[Tx], Any]) -> None:
+        """Write what has happened, again and again while the database cannot take it; in the end say so."""
+        deadline = time.monotonic() + STANDSTILL
+        while True:
+            try:
+                self.store.write(fn)
+                return
+            except UpgradedError:
+                raise
+            except DatabaseError as error:
+                if time.monotonic() >= deadline:
+                    self.unrecorded = True
+                    self.complain(f"this could not be recorded: {error.message}")
+                    return
+                self.sup.wait(1.0)
 
     def _mark(self, tx: Tx, child: Child) -> None:
         with contextlib.suppress(ConflictError):  # cancelled meanwhile; _watch will see it
@@ -3145,7 +3259,16 @@ class Runner:
                 self.stopped_by = self.stopped_by or signum
             for order in self.store.all(TAKEN_AWAY, worker=self.worker):
                 self.sup.stop(child, order["stop_requested"] or "cancelled")
-            self.sup.wait(min(1.0, self.sup.next_at() - time.monotonic(), self._climb()))
+            self.sup.wait(min(1.0, self.sup.next_at() - time.monotonic(), self._climb_if_possible()))
+
+    def _climb_if_possible(self) -> float:
+        """The ladder of a running command; a database that takes no more must not end the command."""
+        try:
+            return self._climb()
+        except UpgradedError:
+            raise
+        except DatabaseError:
+            return 1.0
 
     def _climb(self) -> float:
         """Take the due steps of our own task and do its rescue; the seconds until the next one."""
@@ -3174,7 +3297,8 @@ class Runner:
         return heard
 
     def _close(self) -> None:
-        self.enlistment.discharge()
+        with contextlib.suppress(DatabaseError):  # somebody else will find the lock free
+            self.enlistment.discharge()
         self.sup.close()
 
 
@@ -3183,10 +3307,6 @@ class Runner:
 # Rows to what is shown: documents for programs, aligned lines for people. Text that came from outside is escaped in
 # every listing. Plain lists are aligned here, because the library for it costs more than the whole command.
 
-UNPRINTABLE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f"
-    "\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
-)
 TASK_FIELDS = (
     "task_id", "intent_id", "parent_task_id", "retry_of", "task_type", "domain", "handler", "goal", "status", "reason", "priority",
     "payload", "attempt_number", "max_attempts", "created_at", "queued_at", "assigned_at", "started_at", "finished_at", "assigned_worker",
@@ -3254,11 +3374,6 @@ def violation_document(row: Row, now: int) -> Row:
     }  # fmt: skip
 
 
-def printable(text: str) -> str:
-    r"""Text from outside, safe to show: what a terminal would obey or hide stands as \u{…}."""
-    return UNPRINTABLE.sub(lambda match: f"\\u{{{ord(match[0]):x}}}", text)
-
-
 def text_width(text: str) -> int:
     """Columns on a terminal."""
     if text.isascii():
@@ -3277,15 +3392,20 @@ def cut_text(text: str, width: int) -> str:
 
 
 def align(header: tuple[str, ...], rows: list[tuple[str, ...]], width: int | None) -> Iterator[str]:
-    """Lines of a table; with a width, the last column is cut to fit."""
+    """Lines of a table; with a width, cells are cut to fit."""
     widths = [max(text_width(line[n]) for line in [header, *rows]) for n in range(len(header))]
     if width is not None:
-        widths[-1] = max(8, width - sum(widths[:-1]) - 2 * (len(widths) - 1))
+        shrink(widths, width - 2 * (len(widths) - 1))
     for row in [header, *rows]:
-        cells = [cell + " " * (size - text_width(cell)) for cell, size in zip(row, widths, strict=True)]
-        if width is not None:
-            cells[-1] = cut_text(row[-1], widths[-1])
-        yield "  ".join(cells).rstrip()
+        cells = [cut_text(cell, size) if width is not None else cell for cell, size in zip(row, widths, strict=True)]
+        yield "  ".join(cell + " " * (size - text_width(cell)) for cell, size in zip(cells, widths, strict=True)).rstrip()
+
+
+def shrink(widths: list[int], room: int) -> None:
+    """Make columns fit: the last one first, down to twelve, then always the widest."""
+    widths[-1] = max(min(widths[-1], 12), min(widths[-1], room - sum(widths[:-1])))
+    while sum(widths) > room and max(widths) > 4:
+        widths[widths.index(max(widths))] -= 1
 
 
 def colour(line: str) -> str:
@@ -3807,6 +3927,8 @@ def unless_sub(callback: Any) -> Callable[..., int | None]:
 def root(db: str | None, version: bool) -> int | None:
     app = click.get_current_context().ensure_object(App)
     app.path = db or ""
+    if db == "":
+        raise UsageError("--db: the path is empty", "leave the option out for the default database")
     if version:
         app.show({"version": __version__}, lambda: write_out(f"grace {__version__}"))
         click.get_current_context().exit(0)
@@ -3923,9 +4045,11 @@ def batch_lines(source: str) -> Iterator[tuple[int, bytes]]:
     """Numbered lines that are not blank."""
     try:
         with open(0 if source == "-" else source, "rb", closefd=source != "-") as file:
-            for number, line in enumerate(file, 1):
-                if len(line) > MAX_JSON + 100_000:
-                    raise UsageError(f"--batch: line {number}: larger than 1 MiB")
+            number = 0
+            while line := file.readline(MAX_LINE + 1):
+                number += 1
+                if len(line) > MAX_LINE:
+                    raise UsageError(f"--batch: line {number}: larger than 1 MiB", "nothing was submitted")
                 if line.strip():
                     yield number, line
     except (OSError, ValueError) as error:
@@ -3999,7 +4123,7 @@ def run_command(app: App, cmd: tuple[str, ...], goal: str | None, handler: Any, 
         if app.json:
             kept = os.dup(1)
             os.dup2(2, 1)
-        done = Runner(store, spec_of(text, options, 0), list(cmd)).run()
+        done = Runner(store, spec_of(text, options, 0), list(cmd), lambda message: report(GraceError(message), app.json)).run()
     except GraceError as error:
         report(error, app.json)
         return 125
@@ -4441,6 +4565,7 @@ def daemon_command(app: App, workers: int | None, handler: tuple[str, ...], grac
     """Run the queue: ladder, bridge, workers, rescues. TERM or Ctrl-C stops it in good order, HUP renews it in place."""
     if once and drain:
         raise UsageError("--once and --drain exclude each other")
+    signal.pthread_sigmask(signal.SIG_BLOCK, STEERING)  # until the daemon listens
     store = app.store()
     for name in handler:
         find_handler(store, name)
@@ -4657,6 +4782,8 @@ def demo_command(app: App) -> None:
     import shutil
     import tempfile
 
+    for signum in (signal.SIGTERM, signal.SIGHUP):  # leave nothing behind then, either
+        signal.signal(signum, signal.default_int_handler)
     folder = tempfile.mkdtemp(prefix="grace-demo-")
     tour = Tour(app, os.path.join(folder, "demo.db"))
     try:
@@ -4792,9 +4919,17 @@ def open_standard_streams() -> None:
             setattr(sys, name, os.fdopen(fd, mode, closefd=False))
 
 
+def confess(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """A defect of grace itself, in one line; with GRACE_DEBUG set, the whole of it."""
+    if os.environ.get("GRACE_DEBUG"):
+        sys.__excepthook__(kind, error, trace)
+    report(GraceError(f"internal error: {kind.__name__}: {error}", "please report it, with what GRACE_DEBUG=1 shows"), False)
+
+
 def main() -> None:
     """The console script. The process ends at once: unwinding the interpreter would cost a tenth of a command's time."""
     open_standard_streams()
+    sys.excepthook = confess
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     status = call(sys.argv[1:])
     with contextlib.suppress(OSError, ValueError):

@@ -264,7 +264,7 @@ CREATE INDEX task_set_aside ON htm_tasks (seq) WHERE set_aside IS NOT NULL AND f
 CREATE INDEX task_of_intent ON htm_tasks (intent_id);
 CREATE INDEX task_rescues ON htm_tasks (parent_task_id) WHERE parent_task_id IS NOT NULL;
 CREATE INDEX task_retries ON htm_tasks (retry_of) WHERE retry_of IS NOT NULL;
-CREATE INDEX task_builtin_rescues ON htm_tasks (seq) WHERE task_type = 'rescue' AND handler IS NULL AND status = 'queued';
+CREATE INDEX task_builtin_rescues ON htm_tasks (seq) WHERE task_type = 'rescue' AND handler IS NULL AND finished_at IS NULL;
 CREATE INDEX task_beyond_sla ON htm_tasks (escalation_level, sla_deadline) WHERE escalation_level > 0;
 CREATE INDEX attempt_of_task ON htm_task_attempts (task_id);
 CREATE UNIQUE INDEX attempt_open_once ON htm_task_attempts (task_id) WHERE finished_at IS NULL;
@@ -412,6 +412,7 @@ BEGIN
 END;
 
 CREATE TRIGGER task_unlinked AFTER UPDATE OF intent_id ON htm_tasks
+WHEN NEW.intent_id IS NULL OR NOT EXISTS (SELECT 1 FROM intent_records WHERE intent_id = NEW.intent_id)
 BEGIN
   INSERT INTO bridge_suspects (task_id, intent_id) VALUES (NEW.task_id, OLD.intent_id);
 END;
