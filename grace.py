@@ -272,7 +272,7 @@ def _refuse_no_text(plain: str) -> None:
 
 
 STRICT_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_no_duplicates)
-COMPACT_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+COMPACT_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False)
 
 
 def to_json(value: Any) -> str:
@@ -428,6 +428,7 @@ STANDSTILL = 30  # seconds without progress after which a writer gives up
 NETWORK_FILESYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "fuse.sshfs", "fuse.s3fs", "fuse.rclone"}
 
 
+PAGE_SIZE = 2048  # a change touches a dozen pages of a few rows each: smaller pages make a commit a tenth cheaper
 LONGEST_PATH = 500  # SQLite's own limit is 512, with what it adds to the name
 
 
@@ -486,6 +487,7 @@ class Tx(Reader):
         self.now, self.actor, self.since = clock(), store.actor, store.since
         self._counts: dict[tuple[str, str, str, int], int] = {}
         self._totals: dict[str, int] = {}
+        self.settings: dict[str, int] = {}  # as read in this transaction
 
     def run(self, sql: str, **params: Any) -> int:
         """Execute; the number of rows changed."""
@@ -625,8 +627,9 @@ class Store(Reader):
                     raise
             except apsw.Error as error:
                 raise explain(error) from error
-        if doors:
-            knock_at(row["path"] for row in doors if row["path"] != self.own_door)
+        paths = [row["path"] for row in doors if row["path"] != self.own_door]
+        if paths:
+            knock_at(paths)
         return result
 
     def _check_version(self) -> None:
@@ -664,6 +667,7 @@ def upgrade(con: apsw.Connection, path: str, version: int, schema: str, target: 
         return
     tables, derived = schema_halves(schema)
     if version == 0:
+        con.pragma("page_size", PAGE_SIZE)
         con.pragma("journal_mode", "wal")
     elif any(re.search(r"\b(DROP|RENAME|INSERT INTO \w+ SELECT)\b", sql) for n in range(version + 1, target + 1) for sql in steps.get(n, [])):
         back_up(con, f"{path}-before-{target}")
@@ -856,8 +860,14 @@ SET_SETTING = """INSERT INTO settings (name, value, updated_at) VALUES (:name, :
 
 
 def setting(reader: Reader, name: str) -> int:
-    value = reader.value(GET_SETTING, name=name)
-    return SETTINGS[name][1] if value is None else int(value)
+    """A setting's value; within one transaction it is read once."""
+    known = reader.settings.get(name) if isinstance(reader, Tx) else None
+    if known is None:
+        value = reader.value(GET_SETTING, name=name)
+        known = SETTINGS[name][1] if value is None else int(value)
+        if isinstance(reader, Tx):
+            reader.settings[name] = known
+    return known
 
 
 def parse_setting(name: str, text: str) -> int:
@@ -1362,9 +1372,9 @@ def spawn_rescue(tx: Tx, task: Row) -> str | None:
 
 INSERT_OUTCOME = """INSERT INTO outcome_records (task_id, intent_id, action_type, handler, domain, success, confidence_score,
     execution_time, context, created_at)
-  VALUES (:task_id, :intent_id, :action_type, :handler, :domain, :success, :confidence, :execution_time, :context, :now)"""
+  VALUES (:task_id, :intent_id, :action_type, :handler, :domain, :success,
+    (SELECT confidence FROM intent_records WHERE intent_id = :intent_id), :execution_time, :context, :now)"""
 OUTCOME_OF = "SELECT 1 AS known FROM outcome_records WHERE task_id = :id"
-CONFIDENCE_OF = "SELECT confidence FROM intent_records WHERE intent_id = :id"
 
 
 def as_truth(value: int | None) -> bool | None:
@@ -1379,7 +1389,7 @@ def record_outcome(tx: Tx, task: Row) -> None:
     success, seconds = int(task["status"] == "completed"), task["execution_time_ms"] and task["execution_time_ms"] / 1000
     tx.run(INSERT_OUTCOME, task_id=task["task_id"], intent_id=task["intent_id"], action_type=f"intent_{task['domain']}",
            handler=task["handler"], domain=task["domain"], success=success, context=to_json(context), now=tx.now,
-           confidence=tx.value(CONFIDENCE_OF, id=task["intent_id"]), execution_time=seconds)  # fmt: skip
+           execution_time=seconds)  # fmt: skip
     emit(tx, "learning.outcome", task["task_id"], {
         "task_id": task["task_id"], "intent_id": task["intent_id"], "handler": task["handler"], "domain": task["domain"],
         "success": bool(success), "sla_met": as_truth(task["sla_met"]), **metrics})  # fmt: skip
@@ -1451,8 +1461,8 @@ def follow_final(tx: Tx, task: Row) -> bool:
 # The functions that write across sections: submit, start, finish, cancel, retry, block and unblock, recover, repair.
 # Each runs inside the caller's transaction and leaves nothing half-done.
 
-DEPENDANTS = """SELECT t.* FROM task_dependencies d JOIN htm_tasks t ON t.task_id = d.task_id
-  WHERE d.intent_id = :intent_id AND t.status = 'blocked'"""
+DEPENDANTS = """SELECT * FROM htm_tasks WHERE status = 'blocked'
+  AND task_id IN (SELECT task_id FROM task_dependencies WHERE intent_id = :intent_id)"""
 WAITS_STILL = """SELECT COUNT(*) AS n FROM task_dependencies d JOIN intent_records i ON i.intent_id = d.intent_id
   WHERE d.task_id = :task_id AND i.status <> 'completed'"""
 INSERT_DEPENDENCY = """INSERT INTO task_dependencies (task_id, intent_id) VALUES (:task_id, :intent_id)
@@ -1978,6 +1988,7 @@ class SpawnError(Exception):
         self.exit_status, self.retry = exit_status, retry
 
 
+@functools.cache
 def boot_id() -> str:
     """Which boot of this machine this is."""
     try:
@@ -2000,6 +2011,12 @@ def start_ticks(pid: int) -> int | None:
     """When a process started, in clock ticks since boot."""
     fields = stat_fields(pid)
     return int(fields[19]) if fields else None
+
+
+def lives(pid: int, ticks: int) -> bool:
+    """Whether the process that started then is still there, and no zombie."""
+    fields = stat_fields(pid)
+    return bool(fields) and int(fields[19]) == ticks and fields[0] not in "ZX"
 
 
 def all_pids() -> list[int]:
@@ -2042,7 +2059,7 @@ class Victims:
     """Processes on their way out: TERM now, KILL once their time is over. `done` when none is left."""
 
     def __init__(self, pids: list[int], kill_after_ms: int):
-        self.left = {pid: start_ticks(pid) for pid in pids}
+        self.left = {pid: ticks for pid in pids if (ticks := start_ticks(pid)) is not None}
         self.kill_at = time.monotonic() + kill_after_ms / 1000
         self.killed = False
         self._signal(signal.SIGTERM)
@@ -2054,7 +2071,7 @@ class Victims:
 
     def step(self) -> bool:
         """Look again; whether all are gone."""
-        self.left = {pid: ticks for pid, ticks in self.left.items() if start_ticks(pid) == ticks and stat_fields(pid)[:1] not in (["Z"], ["X"])}
+        self.left = {pid: ticks for pid, ticks in self.left.items() if lives(pid, ticks)}
         if self.left and not self.killed and time.monotonic() >= self.kill_at:
             self.killed = True
             self._signal(signal.SIGKILL)
@@ -2325,7 +2342,6 @@ class Supervisor:
         if terminal:
             child.has_terminal = True
             give_terminal(child.pid)
-        child.ticks = start_ticks(child.pid)
         for number, (read_end, _) in enumerate(ends, 1):
             if payload is None:
                 child.copies[read_end] = Copy(number)
@@ -2624,6 +2640,7 @@ TAKEN_AWAY = """SELECT a.attempt_id, a.stop_requested, t.status FROM htm_task_at
     AND (a.stop_requested IS NOT NULL OR t.attempt_id IS NULL OR t.attempt_id <> a.attempt_id)"""
 BUSY = "SELECT COALESCE(SUM(n), 0) AS n FROM task_counts WHERE status IN ('assigned', 'running')"
 RESUME = "GRACE_RESUME"
+CHECKPOINT_PAGES = 4000  # a daemon writes much: fewer, longer checkpoints save it a third of its syncs
 
 
 def own_command() -> list[str]:
@@ -2697,7 +2714,7 @@ class Burial:
     """A dead worker's last things: its processes are ended first, then its attempts go back, then it is struck off."""
 
     def __init__(self, store: Store, worker: Row, lock: int):
-        self.store, self.worker, self.lock = store, worker, lock
+        self.store, self.worker, self.lock, self.over = store, worker, lock, False
         if lock >= 0:
             os.pwrite(lock, BURIED, 0)
         self.rebooted = worker["boot_id"] != boot_id()
@@ -2711,13 +2728,15 @@ class Burial:
 
     def step(self) -> bool:
         """Whether it is over."""
-        if not self.victims.step():
-            return False
+        if self.over or not self.victims.step():
+            return self.over
         self.store.write(self._settle)
+        self.over = True
         with contextlib.suppress(OSError):
             os.unlink(self.worker["lock_path"])
         if self.lock >= 0:
             os.close(self.lock)
+            self.lock = -1
         return True
 
     def _settle(self, tx: Tx) -> None:
@@ -2860,6 +2879,7 @@ class Daemon:
         self.sup = Supervisor(store, self.worker)
         self.bell = Bell(store)
         self.sup.watch(self.bell, lambda fd: self.bell.answer())
+        store.con.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
         self.claimed: list[Row] = []  # ours, and not started yet
         self.ended: list[Child] = []
         self.failed_starts: list[tuple[Row, SpawnError]] = []
@@ -2867,7 +2887,7 @@ class Daemon:
         self.stop_at: float | None = None  # when the grace period is over
         self.look = True  # whether there may be something to claim or to mend
         self.orders = False  # whether attempts of ours may have been taken away
-        self.idle = False  # the last look found nothing to do
+        self.idle = self.acted = False  # the last round found nothing to do; it did something
         self.last_clocks = clocks()
         self.beat_at = self.repair_at = self.check_at = 0.0
         self.reload = self.outdated = False
@@ -2913,7 +2933,8 @@ class Daemon:
         if self.bell.rang():
             self.look = self.orders = True
         self._take_due_steps()
-        self.idle = not self._settle() and not self.burials
+        self.acted = self._settle()
+        self.idle = not self.acted and not self.burials
         if self.orders:
             self.orders = False
             self._heed_orders()
@@ -3022,6 +3043,8 @@ class Daemon:
         """Record what has started and ended, claim for the free slots, start what was claimed; whether anything was done."""
         free = 0 if self.drain or self.reload or self.stop_at is not None else self._free_slots()
         unmarked = [child for child in self.sup.children.values() if not child.marked]
+        for child in unmarked:
+            child.ticks = child.ticks or start_ticks(child.pid)  # here, since /proc answers only after the program was loaded
         urgent = bool(self.ended or self.failed_starts or unmarked or self.claimed)
         if not urgent and not (free > 0 and self.look):
             return False
@@ -3073,7 +3096,8 @@ class Daemon:
     def _start(self, task: Row, extra: bool = False) -> None:
         handler = self.store.one(GET_HANDLER, name=task["handler"]) or {**HANDLER_DEFAULTS, "argv": "[]", "name": task["handler"]}
         if task["task_type"] == "rescue":
-            task["payload_facts"] = {"context": {**json.loads(task["payload"]).get("context", {}), **stuck_facts(self.store, task["parent_task_id"])}}
+            context = json.loads(task["payload"]).get("context", {})
+            task["payload_facts"] = {"context": {**context, **stuck_facts(self.store, task["parent_task_id"])}}
         try:
             if handler["argv"] in (None, "[]"):
                 raise SpawnError(f"the handler {task['handler']!r} has no command", 127)
@@ -3089,7 +3113,8 @@ class Daemon:
 
     def _sleep_for(self) -> float:
         """Seconds until the nearest instant, at most one: then the database is looked at without a knock."""
-        if self.sup.signals or self.ended or self.failed_starts or self.orders or any(not child.marked for child in self.sup.children.values()):
+        unfinished = self.ended or self.failed_starts or any(not child.marked for child in self.sup.children.values())
+        if self.sup.signals or self.orders or unfinished or (self.once and self.acted):
             return 0.0
         due = next_instant(self.store)
         seconds = [1.0, self.sup.next_at() - time.monotonic(), self.watchdog_at - time.monotonic()]
@@ -3151,6 +3176,8 @@ class Daemon:
     def _close(self) -> None:
         self.bell.close()
         self.sup.close()
+        with contextlib.suppress(apsw.Error):  # whoever opens the file next need not read a long log
+            self.store.con.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 def resumed_state() -> Row | None:
@@ -3218,6 +3245,7 @@ class Runner:
             ending = {"outcome": "failed", "ended_by": "exit", "error": str(error), "exit_status": error.exit_status, "retry": False}
             self._record(lambda tx: end_attempt(tx, self.task["task_id"], self.task["attempt_id"], ending))
             return error.exit_status
+        child.ticks = start_ticks(child.pid)
         self._record(lambda tx: self._mark(tx, child))
         self._watch(child)
         if child.has_terminal:
@@ -4891,9 +4919,14 @@ def call(argv: list[str]) -> int:
     """Run one command; its exit status. Exceptions end here."""
     as_json = "--json" in before_separator(argv)
     try:
-        result = root_group().main(args=argv, prog_name="grace", standalone_mode=False, obj=App(as_json))
+        group = root_group()
+        with group.make_context("grace", list(argv), obj=App(as_json)) as context:
+            result = group.invoke(context)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as end:
+        sys.stdout.flush()
+        return end.exit_code
     except GraceError as error:
         report(error, as_json)
         return error.exit_code

@@ -507,6 +507,16 @@ def test_hup_while_stopping_does_not_undo_the_stop(place: Place) -> None:
         assert daemon.wait(15) == 0
 
 
+def test_term_right_after_hup_stops_the_daemon(place: Place) -> None:
+    """A stop asked for while the daemon renews itself is not forgotten, at whatever moment of the renewal it comes."""
+    for pause in (0.0, 0.03, 0.08, 0.15, 0.25, 0.4):
+        with place.daemon() as daemon:
+            daemon.send_signal(signal.SIGHUP)
+            time.sleep(pause)  # not a wait: the moment is what is tried
+            daemon.terminate()
+            assert daemon.wait(20) == 0, pause
+
+
 def test_hup_finds_the_same_database_by_a_relative_path(place: Place) -> None:
     """--db was relative and handlers run elsewhere: after the renewal it is still the same file."""
     elsewhere = place.folder / "elsewhere"

@@ -324,6 +324,17 @@ def test_an_unblocked_task_keeps_its_clock(bench: Bench) -> None:
     assert bench.levels(second) == LEVELS[:2]
 
 
+def test_a_step_between_claim_and_start_keeps_the_counts_right(bench: Bench) -> None:
+    """A task climbs after it was claimed and before its process runs: the live counts still equal the rows."""
+    bench.handler("work")
+    task_id = bench.submit(sla_ms=1000)
+    taken = bench.at(START + 10, lambda tx: bench.module.take(tx, task_id, "bench"))
+    bench.sweep(START + 1000)
+    bench.at(START + 1001, lambda tx: bench.module.start(tx, taken, os.getpid(), None, None))
+    counts = bench.store.all("SELECT status, priority, level, n FROM task_counts WHERE n <> 0")
+    assert [tuple(row.values()) for row in counts] == [("running", "high", 2, 1)]
+
+
 # ---- real daemons
 
 
