@@ -1604,7 +1604,10 @@ def claim_external(tx: Tx, names: Iterable[str], worker: str, lease_ms: int) -> 
 def start(tx: Tx, task: Row, pid: int | None, pid_started: int | None, boot_id: str | None) -> Row:
     """The attempt's process runs; ConflictError when the task was taken away meanwhile."""
     tx.run(START_ATTEMPT, attempt_id=task["attempt_id"], now=tx.now, pid=pid, pid_started=pid_started, boot_id=boot_id)
-    row = changed_task(tx, task, START, attempt_id=task["attempt_id"])
+    row = tx.one(START, task_id=task["task_id"], attempt_id=task["attempt_id"], now=tx.now, actor=tx.actor)
+    if row is None:
+        raise ConflictError(f"the task {task['task_id']} has changed meanwhile")
+    tx.count({**row, "status": "assigned"}, row)  # `task` is as of the claim; it may have climbed since
     follow(tx, row)
     return row
 
@@ -3129,8 +3132,12 @@ class Daemon:
         """Replace this program by its newest version, with the same pid, lock and children."""
         if self._settle() or self.ended or any(child.exit_status is not None for child in self.sup.children.values()):
             return  # soon: what is over is recorded by this image
-        self.reload = False
-        if not program_starts():
+        signal.pthread_sigmask(signal.SIG_BLOCK, STEERING)  # until the new image listens
+        if self.sup.signals or not program_starts():
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STEERING)
+            if self.sup.signals:
+                return  # these come first
+            self.reload = False
             self.say("trouble", {"message": "the program does not start any more; going on with the old one"})
             return
         notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
@@ -3140,7 +3147,6 @@ class Daemon:
         state = {"worker": self.worker, "lock": self.enlistment.lock, "since": self.store.since,
                  "children": [child.facts() for child in self.sup.children.values()]}  # fmt: skip
         signal.set_wakeup_fd(-1)
-        signal.pthread_sigmask(signal.SIG_BLOCK, STEERING)  # until the new image listens
         handover = payload_file(to_json(state))
         for fd in [*fds, handover]:
             os.set_inheritable(fd, True)
