@@ -1114,7 +1114,6 @@ SET_ASIDE = """UPDATE htm_tasks SET set_aside = :why, next_at = NULL, updated_at
   WHERE task_id = :task_id AND finished_at IS NULL AND set_aside IS NULL"""
 SET_PROGRESS = """UPDATE htm_tasks SET progress = :progress WHERE task_id = :task_id AND status = 'running'"""
 
-GET_ATTEMPT = "SELECT * FROM htm_task_attempts WHERE attempt_id = :id"
 ATTEMPTS_OF = "SELECT * FROM htm_task_attempts WHERE task_id = :id ORDER BY created_at, attempt_id"
 OPEN_ATTEMPT = "SELECT * FROM htm_task_attempts WHERE task_id = :id AND finished_at IS NULL"
 OPEN_ATTEMPTS = "SELECT * FROM htm_task_attempts WHERE worker_id = :worker AND finished_at IS NULL ORDER BY created_at"
@@ -2893,8 +2892,7 @@ class Daemon:
         self.idle = self.acted = False  # the last round found nothing to do; it did something
         self.last_clocks = clocks()
         self.beat_at = self.repair_at = self.check_at = 0.0
-        self.reload = self.outdated = False
-        self.busy_state = ""
+        self.reload = False  # to execute itself anew
         watchdog = int(os.environ.get("WATCHDOG_USEC") or 0) if os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()) else 0
         self.watchdog_every, self.watchdog_at = (watchdog / 2e6 if watchdog else float("inf")), 0.0
         for facts in resumed["children"] if resumed else []:
@@ -4741,7 +4739,7 @@ def place_to_start(store: Store, topic: str, since: tuple[str, int] | None, limi
         return place, 0
     if since is not None:
         return (since[1], 0) if since[0] == "event" else (0, instant_since(since, clock()))
-    return (0 if consumer else first_of_newest(store, topic, limit or 10)), 0
+    return (0 if consumer else first_of_newest(store, topic, limit or 100)), 0
 
 
 def keep_place(store: Store, consumer: str, place: int) -> None:
@@ -4816,8 +4814,6 @@ def demo_command(app: App) -> None:
     import shutil
     import tempfile
 
-    for signum in (signal.SIGTERM, signal.SIGHUP):  # leave nothing behind then, either
-        signal.signal(signum, signal.default_int_handler)
     folder = tempfile.mkdtemp(prefix="grace-demo-")
     tour = Tour(app, os.path.join(folder, "demo.db"))
     try:
@@ -4834,6 +4830,34 @@ class Tour:
 
     def __init__(self, app: App, path: str):
         self.app, self.path, self.steps, self.daemon = app, path, [], None  # type: tuple[App, str, list[Row], Any]
+        self.stopped = False
+        for signum in STEERING:  # to be heeded between two steps, so that nothing is left behind
+            signal.signal(signum, self._on_signal)
+
+    def _on_signal(self, signum: int, frame: Any) -> None:
+        self.stopped = True
+
+    def _start(self, *words: str) -> Any:
+        import subprocess
+
+        return subprocess.Popen([*own_command(), "--db", self.path, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+    def _call(self, *words: str) -> tuple[int, str]:
+        """Exit status and output of one command; KeyboardInterrupt when the tour was told to stop meanwhile."""
+        import subprocess
+
+        process = self._start(*words)
+        while True:
+            try:
+                output, _ = process.communicate(timeout=0.1)
+            except subprocess.TimeoutExpired:
+                if self.stopped:
+                    process.terminate()
+                continue
+            if self.stopped:
+                raise KeyboardInterrupt
+            return process.returncode, output
 
     def say(self, text: str) -> None:
         if not self.app.json:
@@ -4843,31 +4867,20 @@ class Tour:
     def type(self, *words: str) -> Row:
         """Call grace with these words, show both, and keep them."""
         import shlex
-        import subprocess
 
         self.say(f"$ grace {shlex.join(words)}")
-        done = subprocess.run([*own_command(), "--db", self.path, *words], check=False, capture_output=True, text=True,
-                              stdin=subprocess.DEVNULL)  # fmt: skip
-        step: Row = {"command": ["grace", *words], "exit_status": done.returncode, "output": done.stdout + done.stderr}
+        status, output = self._call(*words)
+        step: Row = {"command": ["grace", *words], "exit_status": status, "output": output}
         self.steps.append(step)
-        self.say("".join(f"  {line}\n" for line in step["output"].splitlines()))
+        self.say("".join(f"  {line}\n" for line in output.splitlines()))
         return step
 
-    def ask(self, *words: str) -> Any:
-        import subprocess
-
-        done = subprocess.run([*own_command(), "--db", self.path, *words, "--json"], check=True, capture_output=True, text=True)
-        return json.loads(done.stdout)
-
     def walk(self) -> None:
-        import subprocess
-
         text = os.path.join(os.path.dirname(os.path.abspath(__file__)), "schema.sql")
         self.say("An intent is a goal with a deadline. A handler is the command that does it; a daemon runs the queue.\n")
         self.type("handler", "add", "count_words", "--", "wc", "-w", "{context.file}")
         self.type("handler", "add", "hold_the_slot", "--", "sleep", "8")
-        self.daemon = subprocess.Popen([*own_command(), "--db", self.path, "daemon", "--workers", "1", "--grace-period", "1s"],
-                                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)  # fmt: skip
+        self.daemon = self._start("daemon", "--workers", "1", "--grace-period", "1s")
         done = self.type("submit-intent", "Count the words of the schema", "--handler", "count_words", "--sla", "10s", "--context",
                          json.dumps({"file": text}), "--wait", "--wait-timeout", "20s")  # fmt: skip
         self.type("task", "log", done["output"].split()[1])
@@ -4888,14 +4901,14 @@ class Tour:
 
     def _until_critical(self, task_id: str) -> None:
         for _ in range(150):
-            if self.ask("task", "show", task_id)["status"] in FINAL:
+            if json.loads(self._call("task", "show", task_id, "--json")[1])["status"] in FINAL:
                 return
             time.sleep(0.1)
 
     def stop(self) -> None:
         if self.daemon is not None:
             self.daemon.terminate()
-            self.daemon.wait()
+            self.daemon.communicate()
 
 
 # ---- the end of every command
