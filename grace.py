@@ -2470,8 +2470,11 @@ class Supervisor:
                 return
             child = self.children.get(pid)
             if child is not None and os.WIFSTOPPED(status):
-                if child.has_terminal:
+                if child.has_terminal and os.WSTOPSIG(status) not in (signal.SIGTTIN, signal.SIGTTOU):
                     stop_together(child.pid)
+                elif child.has_terminal:  # it asked for the terminal before it was given it
+                    give_terminal(child.pid)
+                    send(child.pid, signal.SIGCONT, group=True)
             elif child is not None:
                 code = os.waitstatus_to_exitcode(status)
                 child.exit_status, child.signal = (code, 0) if code >= 0 else (128 - code, -code)
@@ -2843,6 +2846,9 @@ def begin_rescue(tx: Tx, rescue: Row, worker: str) -> Row | None:
 
 def conclude_rescue(tx: Tx, rescue: Row, worker: str, state: str, facts: Row, served: bool) -> Row | None:
     """Decide on the stuck task as it is now, act, and end the rescue with a result that says so."""
+    if (tx.one(GET_TASK, id=rescue["task_id"]) or {}).get("attempt_id") != rescue["attempt_id"]:  # the original has ended meanwhile
+        end_attempt_row(tx, rescue["attempt_id"], {"outcome": "cancelled"})
+        return None
     stuck = tx.one(GET_TASK, id=rescue["parent_task_id"])
     if stuck is None:
         end_attempt(tx, rescue["task_id"], rescue["attempt_id"], {"outcome": "completed", "result": {"found": "the task was deleted", "did": "nothing"}})
@@ -2862,8 +2868,7 @@ def conclude_rescue(tx: Tx, rescue: Row, worker: str, state: str, facts: Row, se
         tx.run(STOP_ATTEMPT, attempt_id=stuck["attempt_id"], why="rescued")
         did = "asked its worker to end this attempt and start another"
     result = {"stuck_task_id": stuck["task_id"], "found": found, "did": did, "action": plan, "stuck_status": stuck["status"], **facts}
-    if tx.one(GET_TASK, id=rescue["task_id"])["status"] == "running":  # type: ignore[index]
-        end_attempt(tx, rescue["task_id"], rescue["attempt_id"], {"outcome": "completed", "ended_by": "exit", "result": result})
+    end_attempt(tx, rescue["task_id"], rescue["attempt_id"], {"outcome": "completed", "ended_by": "exit", "result": result})
     return taken
 
 

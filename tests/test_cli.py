@@ -396,7 +396,7 @@ class Terminal:
             return False
 
     def until(self, part: str) -> None:
-        until(lambda: self.read() and part in self.text, f"{part!r} on the terminal")
+        until(lambda: self.read() and part in self.text, f"{part!r} on the terminal", 30)
 
     def end(self) -> tuple[int, str]:
         """Its exit status and all it wrote, with plain line ends."""

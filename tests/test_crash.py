@@ -31,6 +31,8 @@ INVARIANTS = {
           OR a.worker_id <> t.assigned_worker)""",
     "an active task's worker is known and not stopped": """SELECT t.task_id FROM htm_tasks t JOIN htm_task_attempts a USING (attempt_id)
         LEFT JOIN workers w ON w.worker_id = a.worker_id WHERE a.lease_ms IS NULL AND (w.worker_id IS NULL OR w.stopped_at IS NOT NULL)""",
+    "a worker that has stopped has no open attempt": """SELECT a.attempt_id FROM htm_task_attempts a JOIN workers w USING (worker_id)
+        WHERE a.finished_at IS NULL AND w.stopped_at IS NOT NULL""",
     "intent and task agree": f"""SELECT i.intent_id FROM intent_records i LEFT JOIN htm_tasks t ON t.task_id = i.htm_task_id
         WHERE t.task_id IS NULL OR t.intent_id IS NOT i.intent_id OR i.status <> CASE WHEN t.status IN {FINAL} THEN t.status
           WHEN t.status = 'running' THEN 'executing' ELSE 'dispatched' END""",
@@ -79,6 +81,17 @@ def check_invariants(place: Place) -> None:
     assert broken == {}
     assert place.sql("PRAGMA integrity_check") == [["ok"]]
     assert place.sql("PRAGMA foreign_key_check") == []
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(place: Place) -> Iterator[None]:
+    """Whatever a failed test has left running on its own database is ended."""
+    yield
+    mark = f"GRACE_DB={place.folder}/".encode()
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if any(variable.startswith(mark) for variable in (entry / "environ").read_bytes().split(b"\0")):
+                os.kill(int(entry.name), signal.SIGKILL)
 
 
 def shell(place: Place, name: str, text: str, *options: str) -> None:

@@ -24,6 +24,17 @@ from tests.conftest import GRACE, LIMIT, Place, until
 FOREVER = "while :; do sleep 0.1; done"
 
 
+@pytest.fixture(autouse=True)
+def nothing_left(place: Place) -> Iterator[None]:
+    """Whatever a failed test has left running on its own database is ended."""
+    yield
+    mark = f"GRACE_DB={place.folder}/".encode()
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if any(variable.startswith(mark) for variable in (entry / "environ").read_bytes().split(b"\0")):
+                os.kill(int(entry.name), signal.SIGKILL)
+
+
 def shell(place: Place, name: str, text: str, *options: str) -> None:
     place.handler(name, *options, "--", "sh", "-c", text)
 

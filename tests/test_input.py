@@ -47,7 +47,12 @@ def inside(place: Place, module: Any, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.chdir(place.folder)
     opened: list[Any] = []
     open_store = module.App.store
-    monkeypatch.setattr(module.App, "store", lambda app: opened.append(open_store(app)) or opened[-1])
+
+    def open_and_remember(app: Any) -> Any:
+        opened.append(open_store(app))
+        return opened[-1]
+
+    monkeypatch.setattr(module.App, "store", open_and_remember)
 
     def run(*words: str | bytes) -> Answer:
         capsys.readouterr()
@@ -127,9 +132,9 @@ def ground(place: Place, inside: Caller) -> dict[str, str]:
             "error": "it broke", "cmd": "true", "topic": "mine.own", "payload": "{}", "value": "1m", "intent": made["intent_id"]}  # fmt: skip
 
 
-def good_call(words: tuple[str, ...], command: click.Command, ground: dict[str, str]) -> dict[str, list[str]]:
+def good_call(words: tuple[str, ...], command: click.Command, ground: dict[str, str]) -> dict[str, list[Any]]:
     """The values of the required parameters of a command, by name."""
-    values: dict[str, list[str]] = {}
+    values: dict[str, list[Any]] = {}
     for param in command.params:
         name = param.name or ""
         if param.required or (words[0] == "submit-intent" and name == "goal"):
@@ -146,7 +151,7 @@ def good_call(words: tuple[str, ...], command: click.Command, ground: dict[str, 
     return values
 
 
-def argv_of(words: tuple[str, ...], command: click.Command, values: dict[str, list[str | bytes]]) -> list[str | bytes]:
+def argv_of(words: tuple[str, ...], command: click.Command, values: dict[str, list[Any]]) -> list[str | bytes]:
     """The call with these values: options first, then the arguments."""
     argv: list[str | bytes] = [*words]
     for param in command.params:
@@ -539,13 +544,14 @@ def test_a_batch_without_a_last_line_end(place: Place, inside: Caller, ground: d
     assert answer.status == 0 and [json.loads(line)["duplicate"] for line in answer.out.splitlines()] == [False, False]
 
 
-PROCESSES = [["run", "--sla", "x", "--", "true"], ["run", "--context", "[]", "--", "true"], ["run", "--priority", "urgent", "--", "true"],
-             ["run", "--max-attempts", "0", "--", "true"],
-             ["run"], ["run", "--"], ["run", "--nonsense", "--", "true"], ["run", "--goal", "", "--", "true"], ["run", "--key", "", "--", "true"],
-             ["daemon", "--workers", "0"], ["daemon", "--workers", "٣"], ["daemon", "--workers", "99999999999999999999"], ["daemon", "--grace-period", "5"],
-             ["daemon", "--handler", "a b", "--once"], ["daemon", "--handler", "nobody", "--once"], ["daemon", "--once", "--drain"], ["daemon", "x"],
-             ["demo", "x"],
-             ["run", "--intent-id", b"\xff", "--", "true"], ["daemon", "--handler", b"\xff"]]  # fmt: skip
+PROCESSES: list[list[str | bytes]] = [
+    ["run", "--sla", "x", "--", "true"], ["run", "--context", "[]", "--", "true"], ["run", "--priority", "urgent", "--", "true"],
+    ["run", "--max-attempts", "0", "--", "true"],
+    ["run"], ["run", "--"], ["run", "--nonsense", "--", "true"], ["run", "--goal", "", "--", "true"], ["run", "--key", "", "--", "true"],
+    ["daemon", "--workers", "0"], ["daemon", "--workers", "٣"], ["daemon", "--workers", "99999999999999999999"], ["daemon", "--grace-period", "5"],
+    ["daemon", "--handler", "a b", "--once"], ["daemon", "--handler", "nobody", "--once"], ["daemon", "--once", "--drain"], ["daemon", "x"],
+    ["demo", "x"], ["run", "--intent-id", b"\xff", "--", "true"], ["daemon", "--handler", b"\xff"],
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("number", range(len(PROCESSES)))

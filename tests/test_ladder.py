@@ -6,6 +6,7 @@ everything else with real daemons and short deadlines.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -24,6 +25,17 @@ PAYLOAD = {
     "overdue_ms", "overdue_percent", "assigned_worker", "action", "rescue_task_id", "message",
 }  # fmt: skip
 FOREVER = "while :; do sleep 0.1; done"
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(place: Place) -> Iterator[None]:
+    """Whatever a failed test has left running on its own database is ended."""
+    yield
+    mark = f"GRACE_DB={place.folder}/".encode()
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if any(variable.startswith(mark) for variable in (entry / "environ").read_bytes().split(b"\0")):
+                os.kill(int(entry.name), signal.SIGKILL)
 
 
 class Bench:
@@ -333,6 +345,19 @@ def test_a_step_between_claim_and_start_keeps_the_counts_right(bench: Bench) -> 
     bench.at(START + 1001, lambda tx: bench.module.start(tx, taken, os.getpid(), None, None))
     counts = bench.store.all("SELECT status, priority, level, n FROM task_counts WHERE n <> 0")
     assert [tuple(row.values()) for row in counts] == [("running", "high", 2, 1)]
+
+
+def test_a_rescue_cancelled_while_it_looks_leaves_no_open_attempt(bench: Bench) -> None:
+    """The original ends between the begin and the end of its built-in rescue: the rescue is over with all that belongs to it."""
+    bench.handler("work", paused=1)
+    task_id = bench.submit(sla_ms=1000)
+    bench.sweep(START + 2000)
+    (rescue,) = bench.rescues(task_id)
+    begun = bench.at(START + 2001, lambda tx: bench.module.begin_rescue(tx, rescue, "bench"))
+    bench.at(START + 2002, lambda tx: bench.module.cancel(tx, bench.task(task_id)))
+    assert bench.module.perform_rescue(bench.store, begun, "bench") is None
+    assert (bench.task(rescue["task_id"])["status"], bench.task(rescue["task_id"])["reason"]) == ("cancelled", "original_finished")
+    assert bench.store.all("SELECT attempt_id FROM htm_task_attempts WHERE finished_at IS NULL") == []
 
 
 # ---- real daemons
