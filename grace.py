@@ -823,7 +823,11 @@ def knock_at(paths: Iterable[str]) -> None:
     """A datagram to each waiting process's socket; whoever is gone or has a full box needs none."""
     import _socket  # the C half alone: `import socket` costs a command a tenth of its time
 
-    with contextlib.closing(_socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM)) as sender:
+    try:
+        sender = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM)
+    except OSError:  # no descriptor left: the commit stands, and waiters look by themselves within a second
+        return
+    with contextlib.closing(sender):
         sender.setblocking(False)
         for path in paths:
             with contextlib.suppress(OSError), socket_address(path) as address:
