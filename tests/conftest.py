@@ -10,7 +10,10 @@ import contextlib
 import importlib
 import json
 import os
+import re
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -42,6 +45,25 @@ def until(condition: Callable[[], Any], what: str = "the condition", limit: floa
 
 def own_environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.startswith(("GRACE_", "XDG_", "NOTIFY_", "WATCHDOG_"))}
+
+
+def by_library(db: Path, text: str) -> list[list[Any]]:
+    """Run statements as a stranger to grace would, and return the rows of the last."""
+    rows: list[list[Any]] = []
+    with contextlib.closing(sqlite3.connect(db, timeout=LIMIT, isolation_level=None)) as con:
+        statement = ""
+        for piece in re.split(r"(?<=;)", text.rstrip().rstrip(";") + ";"):
+            statement += piece
+            if statement.strip() and sqlite3.complete_statement(statement):
+                rows, statement = [list(row) for row in con.execute(statement)], ""
+    return rows
+
+
+def need(*tools: str) -> None:
+    """Skip a test that is about programs which this machine does not have."""
+    for tool in tools:
+        if not shutil.which(tool):
+            pytest.skip(f"needs {tool}, which is not installed")
 
 
 class Result:
@@ -137,7 +159,9 @@ class Place:
                 process.wait(LIMIT)
 
     def sql(self, text: str) -> list[list[Any]]:
-        """What the system's own sqlite3 shell says."""
+        """What the system's own sqlite3 shell says; where there is none, Python's library in its place."""
+        if not shutil.which("sqlite3"):
+            return by_library(self.db, text)
         done = subprocess.run(["sqlite3", "-json", str(self.db), text], capture_output=True, check=True, text=True)
         return [list(row.values()) for row in json.loads(done.stdout)] if done.stdout.strip() else []
 

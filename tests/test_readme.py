@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import GRACE, LIMIT, ROOT, Place
+from tests.conftest import GRACE, LIMIT, ROOT, Place, need
 
 README = (ROOT / "README.md").read_text()
 
@@ -32,6 +32,7 @@ def test_ci_runs_the_second_command_as_printed() -> None:
 
 def test_first_use(place: Place) -> None:
     """The handler and the commands of the first use index a real folder, and both sides tell the same."""
+    need("bash", "jq")
     folder = Path("/usr/share/common-licenses")
     if not folder.is_dir():
         pytest.skip("this machine has no /usr/share/common-licenses")
@@ -55,6 +56,7 @@ def test_first_use(place: Place) -> None:
 
 def test_external_worker(place: Place) -> None:
     """The loop for workers that are not grace works as printed."""
+    need("bash", "jq")
     (commands,) = [block for block in blocks("sh") if "task claim" in block]
     setup, work = commands.split("\n", 1)
     environment = {**place.environment, "PATH": f"{Path(GRACE).parent}:{place.environment['PATH']}"}

@@ -21,6 +21,7 @@ from tests.conftest import LIMIT, ROOT, Place, load_module
 
 SCHEMA = (ROOT / "schema.sql").read_text(encoding="utf-8")
 PROSE = re.compile(r"--[^\n]*")
+pytestmark = pytest.mark.skipif(not shutil.which("sqlite3"), reason="is about the sqlite3 shell, which is not installed")
 FINAL = ("completed", "failed", "timeout", "cancelled")
 TASK_STATUSES = ("queued", "blocked", "assigned", "running", *FINAL)
 INTENT_STATUSES = ("created", "dispatched", "executing", *FINAL)

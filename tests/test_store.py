@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import GRACE, LIMIT, Place, Result, until
+from tests.conftest import GRACE, LIMIT, Place, Result, need, until
 
 COMMANDS = (("status",), ("submit-intent", "a goal", "--handler", "work"), ("task", "list"), ("daemon", "--once"))
 WRONG_COUNTS = """SELECT handler, status, priority, level, SUM(n) AS n FROM (
@@ -108,11 +108,11 @@ def test_an_empty_file_is_taken_as_a_fresh_one(place: Place) -> None:
 
 
 def make_foreign(place: Place) -> None:
-    subprocess.run(["sqlite3", str(place.db), "PRAGMA application_id = 77; CREATE TABLE songs (title TEXT); INSERT INTO songs VALUES ('x');"], check=True)
+    place.sql("PRAGMA application_id = 77; CREATE TABLE songs (title TEXT); INSERT INTO songs VALUES ('x');")
 
 
 def make_unmarked(place: Place) -> None:
-    subprocess.run(["sqlite3", str(place.db), "CREATE TABLE songs (title TEXT); INSERT INTO songs VALUES ('x');"], check=True)
+    place.sql("CREATE TABLE songs (title TEXT); INSERT INTO songs VALUES ('x');")
 
 
 def make_text(place: Place) -> None:
@@ -237,6 +237,7 @@ def disk(place: Place) -> Disk:
 
 def test_a_full_disk_refuses_a_submission_whole_and_goes_on_when_there_is_room(disk: Disk) -> None:
     """Exit 8 with words, nothing half-done, reading goes on, and with room again so does writing."""
+    need("sqlite3")
     assert disk.grace("handler", "add", "work", "--external").status == 0
     assert disk.grace("submit-intent", "the first", "--handler", "work").status == 0
     big = disk.place.folder / "big.json"
@@ -376,6 +377,7 @@ def test_a_writer_killed_inside_its_transaction_leaves_nothing_and_holds_nobody_
 @contextlib.contextmanager
 def person_with_a_shell(place: Place) -> Iterator[subprocess.Popen[bytes]]:
     """The sqlite3 shell, in the middle of a transaction that it has begun."""
+    need("sqlite3")
     process = subprocess.Popen(["sqlite3", str(place.db)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     place.processes.append(process)
     assert process.stdin and process.stdout
