@@ -1453,7 +1453,7 @@ def follow_final(tx: Tx, task: Row) -> bool:
                     success=int(task["status"] == "completed"), sla_met=task["sla_met"], result=task["result"],
                     execution_ms=task["execution_time_ms"])  # fmt: skip
     if closed:
-        emit(tx, f"agentic.intent.{task['status']}", task["intent_id"], {
+        emit(tx, f"agentic.intent.{task['status']}", task["task_id"], {
             "intent_id": task["intent_id"], "task_id": task["task_id"], "goal": task["goal"], "domain": task["domain"],
             "status": task["status"], "reason": task["reason"], "sla_met": as_truth(task["sla_met"]), "error": task["error"],
             "execution_time_ms": task["execution_time_ms"]})  # fmt: skip
@@ -1566,7 +1566,7 @@ def insert_pairs(tx: Tx, pairs: list[tuple[Row, Row]]) -> None:
         return
     tx.many(INSERT_INTENT, (intent for intent, _ in pairs))
     insert_tasks(tx, [task for _, task in pairs])
-    tx.many(INSERT_EVENT, ({"topic": "agentic.intent.created", "source": tx.actor, "subject": intent["intent_id"], "now": tx.now,
+    tx.many(INSERT_EVENT, ({"topic": "agentic.intent.created", "source": tx.actor, "subject": intent["task_id"], "now": tx.now,
                             "payload": to_json({name: intent[name] for name in ("intent_id", "task_id", "goal", "domain", "handler",
                                                                                 "priority", "sla_ms", "created_by")})}
                            for intent, _ in pairs))  # fmt: skip

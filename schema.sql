@@ -197,7 +197,7 @@ CREATE TABLE events (
   seq        INTEGER PRIMARY KEY,
   topic      TEXT NOT NULL CONSTRAINT event_topic CHECK (length(topic) BETWEEN 1 AND 128),
   source     TEXT NOT NULL,                       -- who wrote it
-  subject    TEXT,                                -- the id of what it is about
+  subject    TEXT,                                -- the id of what it is about; an intent's events count to its task
   created_at INTEGER NOT NULL,
   payload    TEXT NOT NULL CONSTRAINT event_payload CHECK (json_valid(payload))
 ) STRICT;
