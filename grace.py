@@ -3566,18 +3566,23 @@ def status_document(store: Store) -> Row:
             "problems": problems(store, counters, daemons, workers, now)}  # fmt: skip
 
 
+def counted(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
 def problems(store: Store, counters: Row, daemons: list[Row], workers: list[Row], now: int) -> list[Row]:
     """What needs a person, each with a hint."""
     found: list[tuple[str, str, str]] = []
     queued = store.all(QUEUED_HANDLERS)
     waiting = sum(row["n"] for row in queued if not row["external"] and not row["paused"])
     if waiting and not daemons:
-        found.append(("no_daemon", f"{waiting} tasks wait and no daemon runs", "start one: grace daemon"))
+        found.append(("no_daemon", f"{counted(waiting, 'task')} queued and no daemon runs", "start one: grace daemon"))
     for row in queued:
         if row["paused"]:
-            found.append(("handler_paused", f"{row['n']} tasks wait for the paused handler {row['handler']}", f"grace handler resume {row['handler']}"))
+            found.append(("handler_paused", f"{counted(row['n'], 'task')} queued for the paused handler {row['handler']}",
+                          f"grace handler resume {row['handler']}"))  # fmt: skip
     if counters["active_violations"]:
-        found.append(("violations", f"{counters['active_violations']} open tasks are past their SLA", "see them: grace violations"))
+        found.append(("violations", f"{counted(counters['active_violations'], 'open task')} past the SLA", "see them: grace violations"))
     allowed = 3 * setting(store, "daemon.heartbeat_every") + 5 * SECOND
     for row in daemons:
         if now - row["heartbeat_at"] > allowed:
@@ -3585,9 +3590,9 @@ def problems(store: Store, counters: Row, daemons: list[Row], workers: list[Row]
                           "see what it is doing, then restart it"))  # fmt: skip
     dead = [row for row in workers if not row["alive"]]
     if dead:
-        found.append(("worker_died", f"{len(dead)} workers died; their tasks go back when a daemon runs", "start one: grace daemon"))
+        found.append(("worker_died", f"{counted(len(dead), 'worker')} died; what they ran goes back when a daemon runs", "start one: grace daemon"))
     if aside := store.value(SET_ASIDE_COUNT):
-        found.append(("set_aside", f"{aside} tasks with impossible times were set aside", "see them: grace events --topic htm.task.invalid"))
+        found.append(("set_aside", f"{counted(aside, 'task')} set aside for impossible times", "see them: grace events --topic htm.task.invalid"))
     return [{"code": code, "message": message, "hint": hint} for code, message, hint in found]
 
 
