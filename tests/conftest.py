@@ -66,6 +66,19 @@ def need(*tools: str) -> None:
             pytest.skip(f"needs {tool}, which is not installed")
 
 
+def shell(place: Place, name: str, text: str, *options: str) -> None:
+    """A handler that is a few words of sh."""
+    place.handler(name, *options, "--", "sh", "-c", text)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is there, and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 class Result:
     """What a call of the command left: status, stdout, stderr."""
 
@@ -173,6 +186,15 @@ class Place:
             for stream in (process.stdin, process.stdout, process.stderr):
                 if stream:
                     stream.close()
+        self.end_leftovers()
+
+    def end_leftovers(self) -> None:
+        """What a failed test has left running on its own database: its handlers and their children."""
+        mark = f"GRACE_DB={self.folder}/".encode()
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if any(variable.startswith(mark) for variable in (entry / "environ").read_bytes().split(b"\0")):
+                    os.kill(int(entry.name), signal.SIGKILL)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import GRACE, LIMIT, Place, until
+from tests.conftest import GRACE, LIMIT, Place, alive, shell, until
 
 FOREVER = "while :; do sleep 0.1; done"
 LEVELS = ["htm.sla.warning", "htm.sla.violated", "htm.sla.critical"]
@@ -81,28 +81,6 @@ def check_invariants(place: Place) -> None:
     assert broken == {}
     assert place.sql("PRAGMA integrity_check") == [["ok"]]
     assert place.sql("PRAGMA foreign_key_check") == []
-
-
-@pytest.fixture(autouse=True)
-def nothing_left(place: Place) -> Iterator[None]:
-    """Whatever a failed test has left running on its own database is ended."""
-    yield
-    mark = f"GRACE_DB={place.folder}/".encode()
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if any(variable.startswith(mark) for variable in (entry / "environ").read_bytes().split(b"\0")):
-                os.kill(int(entry.name), signal.SIGKILL)
-
-
-def shell(place: Place, name: str, text: str, *options: str) -> None:
-    place.handler(name, *options, "--", "sh", "-c", text)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def written_pid(path: Path) -> int:

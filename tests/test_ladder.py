@@ -6,7 +6,6 @@ everything else with real daemons and short deadlines.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import GRACE, Place, until
+from tests.conftest import GRACE, Place, alive, shell, until
 
 START = 1_900_000_000_000
 LEVELS = ["htm.sla.warning", "htm.sla.violated", "htm.sla.critical"]
@@ -25,17 +24,6 @@ PAYLOAD = {
     "overdue_ms", "overdue_percent", "assigned_worker", "action", "rescue_task_id", "message",
 }  # fmt: skip
 FOREVER = "while :; do sleep 0.1; done"
-
-
-@pytest.fixture(autouse=True)
-def nothing_left(place: Place) -> Iterator[None]:
-    """Whatever a failed test has left running on its own database is ended."""
-    yield
-    mark = f"GRACE_DB={place.folder}/".encode()
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if any(variable.startswith(mark) for variable in (entry / "environ").read_bytes().split(b"\0")):
-                os.kill(int(entry.name), signal.SIGKILL)
 
 
 class Bench:
@@ -118,19 +106,8 @@ def rescue_of(place: Place, task_id: str) -> dict[str, Any]:
     return dict(until(final, f"the rescue of {task_id} to end"))
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
 def written_pid(path: Path) -> int:
     return int(until(lambda: path.exists() and path.read_text().strip(), f"a pid in {path.name}"))
-
-
-def shell(place: Place, name: str, text: str, *options: str) -> None:
-    place.handler(name, *options, "--", "sh", "-c", text)
 
 
 # ---- exact instants
