@@ -11,6 +11,10 @@ The file reads downwards; a section uses only those above it (`grep -n '^# ===' 
     store         opening, upgrading, transactions, the writers' queue, driver errors into ours
     settings      what the owner may tune
     events        writing and reading the bus, the bell that wakes waiting processes
+    system        what the kernel says about processes
+    audit         leaves chained by hash
+    vault         keys, rosters, sealed values
+    consent       asking, approving, opening
     queue         rows of handlers, tasks and attempts
     ladder        what is due, and the steps
     learning      outcomes and totals
@@ -60,6 +64,7 @@ Row = dict[str, Any]
 
 PRIORITIES = ("critical", "high", "normal", "low")  # in rank order
 RISK_LEVELS = ("low", "medium", "high", "critical")
+CONSENT_STATUS = ("pending", "approved", "denied", "expired", "revoked", "used")
 FINAL = ("completed", "failed", "timeout", "cancelled")
 LEVELS = ("none", "warning", "violated", "critical")
 TASK_TRANSITIONS = {
@@ -118,8 +123,16 @@ class ConflictError(GraceError):
     exit_code, code = 4, "conflict"
 
 
+class DeniedError(GraceError):
+    exit_code, code = 5, "denied"
+
+
 class WaitTimeoutError(GraceError):
     exit_code, code = 6, "timeout"
+
+
+class LockedError(GraceError):
+    exit_code, code = 7, "locked"
 
 
 class DatabaseError(GraceError):
@@ -414,6 +427,172 @@ def rescue_plan(task: Row, handler: Row | None, active: int, worker: str, on_cri
     if not served:
         return f"this daemon does not serve {handler['name']}", "report"
     return "the task never started although it could run", "run"
+
+
+# ---- rules of the vault: what is signed, who must agree, and the parts of a key
+
+
+def canonical(value: Any) -> bytes:
+    """The one spelling of a value that is signed or hashed: sorted keys, ASCII, no spaces, whole numbers only."""
+    _refuse_fractions(value)
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+def _refuse_fractions(value: Any) -> None:
+    if isinstance(value, float) or not isinstance(value, (dict, list, str, int, type(None))):
+        raise ValueError("only whole numbers can be signed")
+    for item in (*value.keys(), *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _refuse_fractions(item)
+
+
+def parse_canonical(text: str | bytes) -> Row:
+    """An object from its canonical spelling; ValueError for any other spelling of it."""
+    data = text.encode() if isinstance(text, str) else text
+    value = parse_json(data.decode())
+    if not isinstance(value, dict) or canonical(value) != data:
+        raise ValueError("is not in canonical form")
+    return value
+
+
+def statement(label: str, value: Any) -> bytes:
+    """The bytes that are signed, hashed or bound for one purpose; no two purposes share a label."""
+    return f"grace/{label}/1\n".encode() + canonical(value)
+
+
+def hash_of(label: str, value: Any) -> str:
+    return sha256(statement(label, value))
+
+
+def sha256(data: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha256(data).hexdigest()
+
+
+def code_of(request_hash: str, bits: int = 60) -> str:
+    """What requester and approver compare: the first bits of a request's hash, in groups of four characters."""
+    number = int(request_hash, 16) >> (256 - bits)
+    text = "".join(ID_ALPHABET[number >> shift & 31] for shift in range(bits - 5, -1, -5)).upper()
+    return "-".join(text[n : n + 4] for n in range(0, len(text), 4))
+
+
+def same_code(typed: str, code: str) -> bool:
+    """Whether a person has typed this code, however grouped; O, I and L are read as Crockford's base32 reads them."""
+    plain = re.sub(r"[\s-]", "", typed).upper().translate(str.maketrans("OIL", "011"))
+    return plain == code.replace("-", "")
+
+
+RISK_NEEDS: dict[str, tuple[str, ...]] = {"low": (), "medium": ("user",), "high": ("user", "governance"), "critical": ("user", "governance")}
+ROLES = ("user", "governance")
+POLICY_PART = re.compile(r"\s*(user|governance)\s*:\s*([0-9]{1,3})\s*(?:of\s*([0-9]{1,3})|\(([^()]*)\))?\s*")
+MAX_MEMBERS = 32
+
+
+def highest_risk(*levels: str | None) -> str:
+    """The highest of several risk levels; a word that nobody knows counts as critical."""
+    ranks = [RISK_LEVELS.index(level) if level in RISK_LEVELS else 3 for level in levels if level is not None]
+    return RISK_LEVELS[max(ranks, default=3)]
+
+
+def parse_policy(text: str) -> list[Row]:
+    """`user:1 & governance:2of3`, `user:1(alice,bob)`: groups with thresholds and, where given, sizes or names; ValueError."""
+    parts = []
+    for part in text.split("&"):
+        match = POLICY_PART.fullmatch(part)
+        if not match:
+            raise ValueError(f"{part.strip()[:60]!r} is no part of a policy; write something like 'user:1 & governance:1' or 'user:2of3'")
+        group, threshold, of, names = match[1], int(match[2]), match[3], match[4]
+        listed = [name.strip() for name in names.split(",")] if names is not None else None
+        if threshold < 1 or (of is not None and threshold > int(of)) or (listed is not None and threshold > len(set(listed))):
+            raise ValueError(f"{part.strip()!r}: the threshold lies between 1 and the number of members")
+        parts.append({"group": group, "threshold": threshold, "of": int(of) if of else None, "names": listed})
+    if len({part["group"] for part in parts}) != len(parts):
+        raise ValueError("each group stands once in a policy")
+    return parts
+
+
+def default_policy(risk: str) -> str:
+    return "user:1 & governance:1" if risk in ("high", "critical") else "user:1"
+
+
+def odd_policy(policy: Any) -> str | None:
+    """Why the policy of a header cannot be obeyed, or None."""
+    groups = policy.get("all") if isinstance(policy, dict) and set(policy) == {"all"} else None
+    if not isinstance(groups, list) or not groups:
+        return "the policy is empty"
+    for group in groups:
+        if not isinstance(group, dict) or set(group) != {"group", "threshold", "members"} or group["group"] not in ("machine", *ROLES):
+            return "the policy has an unknown part"
+        members, threshold = group["members"], group["threshold"]
+        if not isinstance(members, list) or not 1 <= len(members) <= MAX_MEMBERS or not all(isinstance(member, str) for member in members):
+            return "a group of the policy has no members, or too many"
+        if len(set(members)) != len(members):
+            return "a group of the policy names a member twice"
+        if type(threshold) is not int or not 1 <= threshold <= len(members):
+            return "a threshold of the policy lies outside its group"
+    names = [group["group"] for group in groups]
+    return "the policy names a group twice" if len(set(names)) != len(names) else None
+
+
+def policy_text(policy: Row) -> str:
+    return " & ".join(f"{g['group']}:{g['threshold']}" + (f"of{len(g['members'])}" if len(g["members"]) > 1 else "") for g in policy["all"])
+
+
+FIELD = 2**256 + 297  # the smallest prime above 2^256: a 32-byte part is an element
+
+
+def split_part(part: bytes, threshold: int, members: int) -> list[bytes]:
+    """One share for each member, of which `threshold` give the part again: copies, XOR, or Shamir's polynomials.
+
+    A. Shamir, How to share a secret, Communications of the ACM 22 (1979), 612-613."""
+    if threshold == 1:
+        return [part] * members
+    if threshold == members:
+        shares = [os.urandom(32) for _ in range(members - 1)]
+        return [*shares, functools.reduce(xor_bytes, shares, part)]
+    factors = [int.from_bytes(part, "big"), *(int.from_bytes(os.urandom(48), "big") % FIELD for _ in range(threshold - 1))]
+    return [(sum(factor * pow(x, power, FIELD) for power, factor in enumerate(factors)) % FIELD).to_bytes(33, "big") for x in range(1, members + 1)]
+
+
+def join_part(shares: dict[int, bytes], threshold: int, members: int) -> bytes:
+    """The part from shares by index (1 and up); ValueError when they are too few or do not belong together."""
+    chosen = dict(sorted(shares.items())[:threshold])
+    if len(chosen) < threshold or not all(1 <= index <= members for index in chosen):
+        raise ValueError("too few shares")
+    if threshold in (1, members):
+        if any(len(share) != 32 for share in chosen.values()):
+            raise ValueError("a share of another kind")
+        return next(iter(chosen.values())) if threshold == 1 else functools.reduce(xor_bytes, chosen.values(), bytes(32))
+    total = 0
+    for x, share in chosen.items():
+        above = below = 1
+        for other in chosen:
+            if other != x:
+                above, below = above * -other % FIELD, below * (x - other) % FIELD
+        total = (total + int.from_bytes(share, "big") * above * pow(below, -1, FIELD)) % FIELD
+    if total >> 256:
+        raise ValueError("shares that do not belong together")
+    return total.to_bytes(32, "big")
+
+
+def xor_bytes(a: bytes, b: bytes) -> bytes:
+    return bytes(x ^ y for x, y in zip(a, b, strict=True))
+
+
+def pad(value: bytes) -> bytes:
+    """The value behind its length, filled up to a multiple of 256 bytes, so that its length tells little."""
+    framed = len(value).to_bytes(4, "big") + value
+    return framed + bytes(-len(framed) % 256)
+
+
+def unpad(padded: bytes) -> bytes:
+    return padded[4 : 4 + int.from_bytes(padded[:4], "big")]
+
+
+def ascii_only(text: str, longest: int = 200) -> str:
+    r"""Text from outside on one line of a prompt: printable ASCII, the rest as \u{…}, the end of a long one cut and counted."""
+    shown = "".join(c if " " <= c <= "~" else f"\\u{{{ord(c):x}}}" for c in text[:longest])
+    return shown + (f" ... ({len(text)} characters)" if len(text) > longest else "")
 
 
 # =====================================================================================================================
@@ -857,6 +1036,9 @@ SETTINGS: dict[str, tuple[str, int, str]] = {
     "queue.age_every": ("duration", 10 * MINUTE, "A queued task without an SLA moves up one priority class each time this long has passed."),
     "log.max_bytes": ("bytes", 1 << 20, "How much of one attempt's output is kept: the first half and the last half of this."),
     "bridge.repair_every": ("duration", MINUTE, "How often a daemon looks for broken links between intents and tasks."),
+    "consent.grant_for": ("duration", 10 * MINUTE, "How long an approval waits to be used."),
+    "consent.pause": ("duration", 5 * MINUTE, "How long a program that was denied three times in a row may not ask."),
+    "vault.argon2_memory": ("bytes", 256 << 20, "Memory that unlocking a new key file costs (64 MiB to 1 GiB)."),
     "daemon.heartbeat_every": ("duration", 10 * SECOND, "How often a daemon writes that its loop goes on."),
 }
 GET_SETTING = "SELECT value FROM settings WHERE name = :name"
@@ -1044,6 +1226,1580 @@ def someone_listens(path: str) -> bool:
                     os.unlink(path)
             return False
     return True
+
+
+# =====================================================================================================================
+# system
+# What the kernel says about processes, and how this process hides its own memory. Linux tells through /proc; elsewhere
+# what cannot be known is None.
+
+PR_SET_DUMPABLE = 4  # prctl(2)
+MAX_PROGRAM = 64 << 20  # of a program's file, to be hashed
+
+
+@functools.cache
+def boot_id() -> str:
+    """Which boot of this machine this is."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return "unknown"
+
+
+def stat_fields(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the state on (proc_pid_stat(5), field 3 and up); empty when it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def start_ticks(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot."""
+    fields = stat_fields(pid)
+    return int(fields[19]) if fields else None
+
+
+def lives(pid: int, ticks: int) -> bool:
+    """Whether the process that started then is still there, and no zombie."""
+    fields = stat_fields(pid)
+    return bool(fields) and int(fields[19]) == ticks and fields[0] not in "ZX"
+
+
+def all_pids() -> list[int]:
+    try:
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    except OSError:
+        return []
+
+
+def parent_of(pid: int) -> int:
+    """The process above; 0 when it cannot be told."""
+    fields = stat_fields(pid)
+    return int(fields[1]) if fields else 0
+
+
+def owner_of(pid: int) -> int | None:
+    """The effective user id of a process."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
+            return next((int(line.split()[2]) for line in file if line.startswith("Uid:")), None)
+    except OSError:
+        return None
+
+
+def program_name(pid: int) -> str:
+    """What a process calls itself; for a script with a #! line its own name."""
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+            return file.read().strip()
+    except OSError:
+        return "?"
+
+
+def program_hash(pid: int) -> str | None:
+    """SHA-256 of the file that a process executes; None where it may not be read."""
+    import hashlib
+
+    try:
+        with open(f"/proc/{pid}/exe", "rb") as file:
+            if os.fstat(file.fileno()).st_size > MAX_PROGRAM:
+                return None
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+Softness = tuple[int, tuple[int, int]]
+
+
+def harden() -> Softness:
+    """Before a key is unlocked or a value opened: no core dumps, no reading of our memory by other programs of this user.
+
+    What soften() takes, to give a command that is started in our place what we were given."""
+    import resource
+
+    before = os.umask(0o077), resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, before[1][1]))
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+    return before
+
+
+def soften(before: Softness) -> None:
+    import resource
+
+    os.umask(before[0])
+    resource.setrlimit(resource.RLIMIT_CORE, before[1])
+
+
+# =====================================================================================================================
+# audit
+# What happened to the vault: leaves of metadata, chained by hash, each written in the transaction of its change. What
+# approvers sign names the size and head of this chain, so that a part that somebody has seen cannot be rewritten unseen.
+
+PUT_LEAF = "INSERT INTO audit_log (seq, leaf, hash) VALUES (:seq, :leaf, :hash)"
+AUDIT_HEAD = "SELECT seq, hash FROM audit_log ORDER BY seq DESC LIMIT 1"
+GET_LEAF = "SELECT seq, leaf, hash FROM audit_log WHERE seq = :seq"
+LEAVES_AFTER = "SELECT seq, leaf, hash FROM audit_log WHERE seq > :after ORDER BY seq LIMIT :n"
+LEAVES_NEWEST = "SELECT seq, leaf, hash FROM audit_log ORDER BY seq DESC LIMIT :n"
+ALL_ANCHORS = "SELECT document, signature FROM audit_anchors ORDER BY seq"
+NO_HEAD: tuple[int, str] = (0, "0" * 64)
+AUDIT_PAGE = 1000
+
+
+def audit_head(reader: Reader) -> tuple[int, str]:
+    """How many leaves there are, and the hash of the last."""
+    row = reader.one(AUDIT_HEAD)
+    return (row["seq"], row["hash"]) if row else NO_HEAD
+
+
+def record(tx: Tx, kind: str, subject: str, facts: Row) -> tuple[int, str]:
+    """Append a leaf; the size and head of the chain with it."""
+    size, head = audit_head(tx)
+    leaf = {"seq": size + 1, "at": tx.now, "kind": kind, "actor": tx.actor, "subject": subject, "facts": facts, "previous": head}
+    new = hash_of("audit", leaf)
+    tx.run(PUT_LEAF, seq=size + 1, leaf=canonical(leaf).decode(), hash=new)
+    return size + 1, new
+
+
+def extends(reader: Reader, seen: tuple[int, str]) -> bool:
+    """Whether the chain still holds what somebody has seen of it."""
+    row = reader.one(GET_LEAF, seq=seen[0])
+    return seen[0] == 0 or (row is not None and row["hash"] == seen[1])
+
+
+def all_leaves(reader: Reader) -> Iterator[Row]:
+    after = 0
+    while rows := reader.all(LEAVES_AFTER, after=after, n=AUDIT_PAGE):
+        yield from rows
+        after = rows[-1]["seq"]
+
+
+def odd_leaf(row: Row, size: int, head: str) -> str | None:
+    """What is wrong with the leaf that should follow `size` leaves ending in `head`, or None."""
+    try:
+        leaf = parse_canonical(row["leaf"])
+    except ValueError as error:
+        return f"leaf {row['seq']} {error}"
+    if row["seq"] != size + 1 or leaf.get("seq") != size + 1:
+        return f"leaf {size + 1} is missing"
+    if leaf.get("previous") != head:
+        return f"leaf {row['seq']} does not follow the one before it"
+    if hash_of("audit", leaf) != row["hash"]:
+        return f"leaf {row['seq']} was changed"
+    return None
+
+
+def leaf_document(row: Row) -> Row:
+    """A leaf as it is shown."""
+    leaf = json.loads(row["leaf"])
+    return {"seq": row["seq"], "at": format_instant(leaf["at"]), "kind": leaf["kind"], "actor": leaf["actor"], "subject": leaf["subject"],
+            "facts": leaf["facts"], "previous": leaf["previous"], "hash": row["hash"]}  # fmt: skip
+
+
+# =====================================================================================================================
+# vault
+# Keys, signed lists of people, sealed values. What is read from the database counts for nothing until a signature by
+# somebody on the roster says so, and the roster until it follows from the one that a key file outside the database was
+# made with. Every primitive is the library's, which is imported only here, where it is used.
+
+KEY_FILE, MACHINE_FILE, SEEN_FILE = "grace-approver-key/1", "grace-machine-key/1", "grace-seen/1"
+SUITE = "MLKEM768-X25519,HKDF-SHA256,ChaCha20-Poly1305"
+KDF_FLOOR, KDF_CEILING = 64 << 10, 1 << 20  # KiB of memory for Argon2id
+KDF_TURNS, KDF_LANES = 3, 4
+MAX_SECRET = 64 << 10
+MAX_KEY_FILE = 1 << 20
+SECRET_KEY = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+GET_VAULT = "SELECT value FROM settings WHERE name = '_vault_id'"
+ROSTERS = "SELECT number, document, signature FROM vault_rosters ORDER BY number"
+PUT_ROSTER = "INSERT INTO vault_rosters (number, document, signature) VALUES (:number, :document, :signature)"
+PUT_ANCHOR = "INSERT INTO audit_anchors (document, signature) VALUES (:document, :signature)"
+NEWEST_VERSION = "SELECT * FROM secret_entries WHERE secret_key = :key ORDER BY version DESC LIMIT 1"
+GET_VERSION = "SELECT * FROM secret_entries WHERE secret_key = :key AND version = :version"
+VERSIONS_OF = "SELECT * FROM secret_entries WHERE secret_key = :key ORDER BY version"
+CURRENT_SECRETS = "SELECT * FROM secret_entries WHERE sealed IS NOT NULL ORDER BY secret_key"
+ALL_ENTRIES = "SELECT * FROM secret_entries ORDER BY secret_key, version"
+SHARES_OF = "SELECT * FROM secret_shares WHERE secret_key = :key AND version = :version ORDER BY seq"
+PUT_SECRET = """INSERT INTO secret_entries (secret_key, version, header, sealed, signature, created_at)
+  VALUES (:key, :version, :header, :sealed, :signature, :now)"""
+PUT_SHARE = """INSERT INTO secret_shares (secret_key, version, group_name, member, share_index, wrap)
+  VALUES (:key, :version, :group, :member, :index, :wrap)"""
+EMPTY_VERSIONS = "UPDATE secret_entries SET sealed = NULL, removed_at = :now WHERE secret_key = :key AND sealed IS NOT NULL"
+DROP_SHARES = "DELETE FROM secret_shares WHERE secret_key = :key"
+MARK_ROTATION = "UPDATE secret_entries SET rotate_reason = :reason WHERE secret_key = :key AND version = :version"
+
+
+class RefusedError(DeniedError):
+    """Something stored does not verify."""
+
+    def __init__(self, cause: str):
+        super().__init__(f"refused: {cause}", "see what happened: grace audit list")
+        self.cause = cause
+
+
+@contextlib.contextmanager
+def refusals(store: Store, subject: str, plain: bool) -> Iterator[None]:
+    """What does not verify ends here: its exact cause goes into the audit log; a requester (`plain`) is not told it."""
+    try:
+        yield
+    except RefusedError as refusal:
+        cause = refusal.cause
+        store.write(lambda tx: record(tx, "vault.refused", subject, {"cause": cause}))
+        if plain:
+            raise DeniedError(f"{subject} is refused", "the reason is in the audit log: grace audit list") from None
+        raise
+
+
+def b64(data: bytes) -> str:
+    import base64
+
+    return base64.b64encode(data).decode()
+
+
+def from_b64(text: Any, what: str) -> bytes:
+    import base64
+
+    try:
+        return base64.b64decode(text, validate=True)
+    except (ValueError, TypeError):
+        raise RefusedError(f"{what} is not in base64") from None
+
+
+def suite() -> Any:
+    """HPKE (RFC 9180) with the hybrid of ML-KEM-768 and X25519."""
+    from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
+
+    return Suite(KEM.MLKEM768_X25519, KDF.HKDF_SHA256, AEAD.CHACHA20_POLY1305)
+
+
+class Keys:
+    """A key pair that decrypts and one that signs."""
+
+    def __init__(self, private: bytes):
+        from cryptography.hazmat.primitives.asymmetric import ed25519, mlkem, x25519
+        from cryptography.hazmat.primitives.hpke import MLKEM768X25519PrivateKey
+
+        if len(private) != 128:
+            raise RefusedError("a private key has the wrong length")
+        self.private = private
+        lattice = mlkem.MLKEM768PrivateKey.from_seed_bytes(private[:64])
+        curve = x25519.X25519PrivateKey.from_private_bytes(private[64:96])
+        self._opens = MLKEM768X25519PrivateKey(lattice, curve)
+        self._signs = ed25519.Ed25519PrivateKey.from_private_bytes(private[96:])
+        self.public: dict[str, str] = {"hpke": b64(lattice.public_key().public_bytes_raw() + curve.public_key().public_bytes_raw()),
+                                       "sign": b64(self._signs.public_key().public_bytes_raw())}  # fmt: skip
+        self.fingerprint = fingerprint(self.public)
+
+    @staticmethod
+    def new() -> Keys:
+        return Keys(os.urandom(128))
+
+    def sign(self, data: bytes) -> bytes:
+        return self._signs.sign(data)
+
+    def unwrap(self, wrap: bytes, info: bytes) -> bytes:
+        """What was wrapped to this key with the same info; RefusedError otherwise."""
+        from cryptography.exceptions import InvalidTag
+
+        try:
+            return bytes(suite().decrypt(wrap, self._opens, info=info))
+        except (InvalidTag, ValueError):
+            raise RefusedError("a wrapped part does not open") from None
+
+
+def fingerprint(public: Row) -> str:
+    return hash_of("key", {"hpke": public["hpke"], "sign": public["sign"]})
+
+
+def wrap_to(public: Row, plain: bytes, info: bytes) -> bytes:
+    """Encrypt to a public key; only its private key and the same info open it."""
+    from cryptography.hazmat.primitives.asymmetric import mlkem, x25519
+    from cryptography.hazmat.primitives.hpke import MLKEM768X25519PublicKey
+
+    raw = from_b64(public["hpke"], "a public key")
+    try:
+        key = MLKEM768X25519PublicKey(mlkem.MLKEM768PublicKey.from_public_bytes(raw[:-32]), x25519.X25519PublicKey.from_public_bytes(raw[-32:]))
+    except ValueError:
+        raise RefusedError("a public key is malformed") from None
+    return bytes(suite().encrypt(plain, key, info=info))
+
+
+def signed_by(public: Row, signature: bytes, data: bytes) -> bool:
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+    try:
+        Ed25519PublicKey.from_public_bytes(from_b64(public["sign"], "a public key")).verify(signature, data)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+def derived(key: bytes, label: str) -> bytes:
+    """A key for one purpose from another key (HKDF, RFC 5869)."""
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+    return HKDF(hashes.SHA256(), 32, None, f"grace/{label}/1".encode()).derive(key)
+
+
+def encrypted(key: bytes, plain: bytes, bound: bytes) -> bytes:
+    from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+    nonce = os.urandom(12)
+    return nonce + ChaCha20Poly1305(key).encrypt(nonce, plain, bound)
+
+
+def decrypted(key: bytes, sealed: bytes, bound: bytes) -> bytes:
+    from cryptography.exceptions import InvalidTag
+    from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+    try:
+        return ChaCha20Poly1305(key).decrypt(sealed[:12], sealed[12:], bound)
+    except (InvalidTag, ValueError):
+        raise RefusedError("a sealed text does not open") from None
+
+
+# ---- files beside the database
+
+
+def vault_folder(vault_id: str) -> str:
+    base = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
+    return os.path.join(base, "grace", vault_id)
+
+
+def write_private(path: str, document: Row) -> None:
+    """Write a file that only its owner reads, whole or not at all."""
+    folder = os.path.dirname(path)
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    beside = f"{path}.{os.getpid()}.new"
+    fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(canonical(document) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise
+    sync_folder(folder)
+
+
+def sync_folder(folder: str) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def read_private(path: str, what: str) -> Row:
+    """A key file; refused when it is a link, somebody else's, readable by others, or not what it should be."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise LockedError(f"{what} is missing: {path}") from None
+    except OSError as error:
+        why = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
+        raise DeniedError(f"{what} {path} is not used: {why}") from None
+    with os.fdopen(fd, "rb") as file:
+        for kind, facts in ((what, os.fstat(file.fileno())), ("its directory", os.stat(os.path.dirname(path)))):
+            if (problem := wide_open(facts)) or (kind == what and not stat.S_ISREG(facts.st_mode)):
+                raise DeniedError(f"{what} {path} is not used: {kind + ' ' + problem if problem else 'it is no plain file'}",
+                                  f"chmod 600 {path}; chmod 700 {os.path.dirname(path)}" if problem else "")  # fmt: skip
+        data = file.read(MAX_KEY_FILE + 1)
+    try:
+        return parse_canonical(data.removesuffix(b"\n"))
+    except ValueError as error:
+        raise DeniedError(f"{what} {path} is damaged: {error}") from None
+
+
+def wide_open(facts: os.stat_result) -> str | None:
+    """Why a file or directory is not private to us, or None."""
+    if facts.st_uid != os.geteuid():
+        return f"belongs to user {facts.st_uid}, not to you"
+    return f"is open to others (mode {stat.S_IMODE(facts.st_mode):o})" if facts.st_mode & 0o077 else None
+
+
+@contextlib.contextmanager
+def folder_lock(folder: str) -> Iterator[None]:
+    """One process at a time in a vault's directory."""
+    fd = os.open(os.path.join(folder, ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+class Seen:
+    """What one key's owner has seen: the highest roster, versions and audit head. It only ever grows.
+
+    Authenticated with a key that only the owner has, so that an older state of the database can be told."""
+
+    def __init__(self, path: str, vault_id: str, name: str, key: bytes):
+        self.path, self.key = path, key
+        self._bound = statement("seen", {"vault_id": vault_id, "name": name})
+        self._frame = {"format": SEEN_FILE, "vault_id": vault_id, "name": name}
+        self.roster: tuple[int, str] = (0, "")
+        self.audit: tuple[int, str] = NO_HEAD
+        self.secrets: dict[str, list[Any]] = {}  # key -> [version, hash of its header, whether an approver had sealed it]
+
+    @classmethod
+    def of(cls, path: str, vault_id: str, name: str, key: bytes) -> Seen:
+        """The record as it is on the disk."""
+        seen = cls(path, vault_id, name, key)
+        seen.load()
+        return seen
+
+    @classmethod
+    def begin(cls, path: str, vault_id: str, name: str, key: bytes, roster: tuple[int, str], audit: tuple[int, str] = NO_HEAD) -> Seen:
+        """A new record."""
+        seen = cls(path, vault_id, name, key)
+        seen.roster, seen.audit = roster, audit
+        seen.save()
+        return seen
+
+    def load(self) -> None:
+        document = read_private(self.path, "the record of what was seen")
+        if {key: document.get(key) for key in self._frame} != self._frame:
+            raise DeniedError(f"{self.path} belongs to another vault or key")
+        data = json.loads(decrypted(self.key, from_b64(document.get("data"), "the record"), self._bound))
+        self.roster, self.audit, self.secrets = tuple(data["roster"]), tuple(data["audit"]), data["secrets"]
+
+    def save(self) -> None:
+        data = {"roster": list(self.roster), "audit": list(self.audit), "secrets": self.secrets}
+        write_private(self.path, {**self._frame, "data": b64(encrypted(self.key, canonical(data), self._bound))})
+
+    def learn(self, roster: tuple[int, str] | None = None, audit: tuple[int, str] | None = None, header: Row | None = None, machine: str = "") -> None:
+        """Remember what is newer than what was seen, whoever else is writing."""
+        with folder_lock(os.path.dirname(self.path)):
+            self.load()
+            before = canonical([list(self.roster), list(self.audit), self.secrets])
+            self.roster = max(self.roster, roster or self.roster)
+            self.audit = max(self.audit, audit or self.audit)
+            if header:
+                known = self.secrets.get(header["key"], [0, "", False])
+                if header["version"] >= known[0]:
+                    self.secrets[header["key"]] = [header["version"], hash_of("header", header), known[2] or header["owner"] != machine]
+            if canonical([list(self.roster), list(self.audit), self.secrets]) != before:
+                self.save()
+
+    def accept(self, audit: tuple[int, str], headers: dict[str, Row], machine: str) -> None:
+        """Take the database as it is for what was seen: after a restored copy, and only when its owner says so."""
+        with folder_lock(os.path.dirname(self.path)):
+            self.load()
+            self.audit = audit
+            for key, header in headers.items():
+                owned = self.secrets.get(key, [0, "", False])[2] or header["owner"] != machine
+                self.secrets[key] = [header["version"], hash_of("header", header), owned]
+            self.save()
+
+    def odd_version(self, header: Row) -> str | None:
+        """Why this version of a secret cannot be the newest, after what was seen; or None."""
+        version, known, _ = self.secrets.get(header["key"], [0, "", False])
+        if header["version"] < version:
+            return f"version {header['version']} of {header['key']} is older than the version {version} seen before"
+        if header["version"] == version and hash_of("header", header) != known:
+            return f"version {version} of {header['key']} is another one than the one seen before"
+        return None
+
+
+def stretch(passphrase: bytes, kdf: Row) -> bytes:
+    """The key that a passphrase gives (Argon2id, RFC 9106); costs outside the bounds are refused before they are paid."""
+    from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
+
+    memory, turns, lanes = kdf.get("memory_kib"), kdf.get("iterations"), kdf.get("lanes")
+    if (kdf.get("name") != "argon2id" or type(memory) is not int or not KDF_FLOOR <= memory <= KDF_CEILING or type(turns) is not int
+            or not KDF_TURNS <= turns <= 10 or type(lanes) is not int or not 1 <= lanes <= 16):  # fmt: skip
+        raise DeniedError("the key file asks for a key derivation outside what grace accepts (64 MiB to 1 GiB, 3 to 10 turns)")
+    salt = from_b64(kdf.get("salt"), "the salt of a key file")
+    if not 16 <= len(salt) <= 64:
+        raise DeniedError("the key file has no proper salt")
+    return Argon2id(salt=salt, length=32, iterations=turns, lanes=lanes, memory_cost=memory).derive(passphrase)
+
+
+def kdf_for(memory: int) -> Row:
+    """The costs for a new key file, with a fresh salt; fewer where memory is short."""
+    memory_kib = max(KDF_FLOOR, min(memory >> 10, KDF_CEILING))
+    with contextlib.suppress(OSError, ValueError, IndexError), open("/proc/meminfo", encoding="ascii") as file:
+        available = int(next(line for line in file if line.startswith("MemAvailable:")).split()[1])
+        memory_kib = KDF_FLOOR if available < 4 * memory_kib else memory_kib
+    return {"name": "argon2id", "memory_kib": memory_kib, "iterations": KDF_TURNS, "lanes": KDF_LANES, "salt": b64(os.urandom(16))}
+
+
+def locked_keys(keys: Keys, seen_key: bytes, passphrase: bytes, facts: Row, memory: int) -> Row:
+    """The document of a key file: the keys, and the one of the record beside it, under a passphrase."""
+    head = {"format": KEY_FILE, **facts, "public": keys.public, "kdf": kdf_for(memory)}
+    return {**head, "private": b64(encrypted(stretch(passphrase, head["kdf"]), keys.private + seen_key, statement("key-file", head)))}
+
+
+def unlocked_keys(document: Row, passphrase: bytes) -> tuple[Keys, bytes]:
+    """The keys of a key file, and the key of the record beside it; DeniedError for the wrong passphrase."""
+    if document.get("format") != KEY_FILE or not isinstance(document.get("kdf"), dict):
+        raise DeniedError("this is no key file of an approver")
+    head = {key: value for key, value in document.items() if key != "private"}
+    secret = stretch(passphrase, document["kdf"])
+    try:
+        private = decrypted(secret, from_b64(document.get("private"), "the key"), statement("key-file", head))
+        keys = Keys(private[:128])
+    except RefusedError:
+        raise DeniedError("the passphrase is wrong, or the key file was changed", "try again") from None
+    if keys.public != document.get("public") or len(private) != 160:
+        raise DeniedError("the key file was changed")
+    return keys, private[128:]
+
+
+# ---- the roster
+
+
+def follow_rosters(rows: list[Row], vault_id: str, root: str, seen: tuple[int, str]) -> Row:
+    """The newest list of approvers, each list signed by an approver of the one before, from the root on; RefusedError.
+
+    `root` is the hash of the first list; `seen` the newest number and hash known to whoever asks."""
+    current: Row | None = None
+    for number, row in enumerate(rows, 1):
+        try:
+            roster = parse_canonical(row["document"])
+        except ValueError as error:
+            raise RefusedError(f"the roster {number} {error}") from None
+        this = hash_of("roster", roster)
+        if roster.get("vault_id") != vault_id or roster.get("number") != number or (current is None and this != root):
+            raise RefusedError(f"the roster {number} belongs to another vault")
+        if current is not None and roster.get("previous") != hash_of("roster", current):
+            raise RefusedError(f"the roster {number} does not follow the one before it")
+        signer = next((person for person in active(current or roster) if fingerprint(person) == roster.get("signer")), None)
+        if signer is None or not signed_by(signer, bytes(row["signature"]), statement("roster-signature", this)):
+            raise RefusedError(f"the roster {number} is not signed by an approver")
+        if number == seen[0] and this != seen[1]:
+            raise RefusedError(f"the roster {number} is another one than the one seen before")
+        current = roster
+    if current is None or current["number"] < seen[0]:
+        raise RefusedError("rolled back: a newer list of approvers was seen before")
+    return current
+
+
+def active(roster: Row) -> list[Row]:
+    return [person for person in roster["approvers"] if person["removed"] is None]
+
+
+def person_of(roster: Row, print_: str) -> Row | None:
+    return next((person for person in roster["approvers"] if fingerprint(person) == print_), None)
+
+
+def person_named(roster: Row, name: str) -> Row | None:
+    return next((person for person in active(roster) if person["name"] == name), None)
+
+
+def members_of(roster: Row, role: str) -> list[str]:
+    return sorted(fingerprint(person) for person in active(roster) if role in person["roles"])
+
+
+def new_roster(before: Row | None, approvers: list[Row], machine: Row, vault_id: str, signer: str, now: int) -> Row:
+    return {"format": "grace-roster/1", "vault_id": vault_id, "number": before["number"] + 1 if before else 1,
+            "previous": hash_of("roster", before) if before else None, "created": now, "signer": signer, "machine": machine,
+            "approvers": approvers}  # fmt: skip
+
+
+def put_roster(tx: Tx, roster: Row, keys: Keys) -> None:
+    tx.run(PUT_ROSTER, number=roster["number"], document=canonical(roster).decode(),
+           signature=keys.sign(statement("roster-signature", hash_of("roster", roster))))  # fmt: skip
+
+
+class Vault:
+    """An open database's vault: its id, this machine's keys and what they have seen, and the roster that holds.
+
+    LockedError before `grace init`, and where the machine's key is missing."""
+
+    def __init__(self, store: Store):
+        self.store = store
+        self.id = store.value(GET_VAULT) or ""
+        if not self.id:
+            raise LockedError("there is no vault yet", "make one: grace init")
+        self.folder = vault_folder(self.id)
+        document = read_private(os.path.join(self.folder, "machine.key"), "the machine's key")
+        if document.get("format") != MACHINE_FILE or document.get("vault_id") != self.id:
+            raise DeniedError("the machine's key file belongs to another vault")
+        self.machine = Keys(from_b64(document.get("private"), "the machine's key"))
+        self.root = str(document.get("root"))
+        self.seen = Seen.of(os.path.join(self.folder, "machine.seen"), self.id, "machine", derived(self.machine.private, "seen"))
+        self.roster = self.follow(store, self.seen)
+        self.seen.learn(roster=self.roster_mark)
+
+    @property
+    def roster_mark(self) -> tuple[int, str]:
+        return self.roster["number"], hash_of("roster", self.roster)
+
+    def follow(self, reader: Reader, seen: Seen) -> Row:
+        return follow_rosters(reader.all(ROSTERS), self.id, self.root, seen.roster)
+
+    def rolled_back(self, reader: Reader) -> bool:
+        """Whether the audit log is not what this machine has seen: only low-risk secrets open then."""
+        return not extends(reader, self.seen.audit)
+
+    def learn_head(self, header: Row | None = None) -> None:
+        if not self.rolled_back(self.store):
+            self.seen.learn(audit=audit_head(self.store), header=header, machine=self.machine.fingerprint)
+
+    def current(self, reader: Reader, key: str) -> tuple[Row, Row]:
+        """The newest version of a secret and its verified header; NotFoundError, RefusedError."""
+        entry = reader.one(NEWEST_VERSION, key=key)
+        if entry is None or entry["sealed"] is None:
+            known = [row["secret_key"] for row in reader.all(CURRENT_SECRETS)]
+            raise NotFoundError(f"there is no secret {key!r}", nearest_hint(key, known, "grace secret list"))
+        header = self.checked(reader, entry)
+        if problem := self.seen.odd_version(header):
+            raise RefusedError(f"rolled back: {problem}")
+        return entry, header
+
+    def checked(self, reader: Reader, entry: Row) -> Row:
+        """The header of a version whose seal holds; RefusedError otherwise."""
+        header = check_seal(entry["header"], sha256(bytes(entry["sealed"] or b"")), bytes(entry["signature"]), self.id, self.roster)
+        if (header["key"], header["version"]) != (entry["secret_key"], entry["version"]):
+            raise RefusedError(f"the row of {entry['secret_key']} holds another secret")
+        if header["owner"] == fingerprint(self.roster["machine"]) and self.was_owned(reader, header["key"]):
+            raise RefusedError(f"{header['key']} is sealed by the machine, although an approver had sealed it before")
+        return header
+
+    def was_owned(self, reader: Reader, key: str) -> bool:
+        """Whether a version of a secret was ever sealed by an approver."""
+        machine = {fingerprint(roster["machine"]) for row in reader.all(ROSTERS) for roster in [json.loads(row["document"])]}
+        owners = {json.loads(row["header"]).get("owner") for row in reader.all(VERSIONS_OF, key=key)}
+        return bool(owners - machine) or bool(self.seen.secrets.get(key, [0, "", False])[2])
+
+
+def nearest_hint(word: str, known: Iterable[str], see: str) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(word, list(known), 3, 0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"see them with: {see}"
+
+
+Shape = dict[str, tuple[type, ...]]
+TEXT, NUMBER, MAYBE_TEXT, MAYBE_NUMBER = (str,), (int,), (str, type(None)), (int, type(None))
+HEADER_SHAPE: Shape = {
+    "format": TEXT, "vault_id": TEXT, "key": TEXT, "service": MAYBE_TEXT, "type": MAYBE_TEXT, "username": MAYBE_TEXT, "version": NUMBER, "risk": TEXT,
+    "action_risks": (dict,), "owner": TEXT, "created": NUMBER, "suite": TEXT, "commitment": TEXT, "same_person": (bool,), "allow_standing": (bool,),
+    "expires": MAYBE_NUMBER, "rotate_every": MAYBE_NUMBER, "rotate_with": MAYBE_TEXT, "policy": (dict,),
+}  # fmt: skip
+
+
+def shaped(value: Any, shape: Shape, what: str) -> Row:
+    """The value itself when it is an object with exactly these fields of these types; RefusedError otherwise."""
+    if not isinstance(value, dict) or set(value) != set(shape) or not all(type(value[name]) in kinds for name, kinds in shape.items()):
+        raise RefusedError(f"{what} has not the shape that it should have")
+    return value
+
+
+def check_seal(text: str, sealed_hash: str, signature: bytes, vault_id: str, roster: Row) -> Row:
+    """The header that an approver, or for low risk the machine, has signed together with its sealed value; RefusedError."""
+    try:
+        header = shaped(parse_canonical(text), HEADER_SHAPE, "a header")
+    except ValueError as error:
+        raise RefusedError(f"a header {error}") from None
+    if header["format"] != "grace-secret/1" or header["vault_id"] != vault_id or header["suite"] != SUITE:
+        raise RefusedError("a header is not of this vault")
+    if problem := odd_policy(header["policy"]):
+        raise RefusedError(f"{header['key']}: {problem}")
+    this = hash_of("header", header)
+    by_machine = header["owner"] == fingerprint(roster["machine"])
+    owner = roster["machine"] if by_machine else person_of(roster, header["owner"])
+    if owner is None or (not by_machine and owner["removed"] is not None and this not in owner["keeps"]):
+        raise RefusedError(f"{header['key']} is sealed by a stranger")
+    if not signed_by(owner, signature, statement("seal", [this, sealed_hash])):
+        raise RefusedError(f"the seal of {header['key']} is broken")
+    if by_machine != (header["risk"] == "low") or by_machine != (header["policy"]["all"][0]["group"] == "machine"):
+        raise RefusedError(f"{header['key']} is sealed by the machine, which may seal low risk only" if by_machine else f"{header['key']}: an odd policy")
+    return header
+
+
+def build_policy(parts: list[Row], roster: Row) -> Row:
+    """The policy of a header from its words: each group with its members as they are on the roster now; ValueError."""
+    groups = []
+    for part in parts:
+        members = members_of(roster, part["group"])
+        if part["names"] is not None:
+            people = {name: person_named(roster, name) for name in part["names"]}
+            wrong = [name for name, person in people.items() if person is None or part["group"] not in person["roles"]]
+            if wrong:
+                raise ValueError(f"{', '.join(wrong)}: no approver with the role {part['group']}")
+            members = sorted(fingerprint(person) for person in people.values() if person is not None)
+        if part["of"] is not None and part["of"] != len(members):
+            raise ValueError(f"{part['group']}: there are {len(members)} approvers with this role, not {part['of']}")
+        if part["threshold"] > len(members):
+            raise ValueError(f"{part['group']}:{part['threshold']} asks for more approvers than the {len(members)} there are")
+        groups.append({"group": part["group"], "threshold": part["threshold"], "members": members})
+    return {"all": groups}
+
+
+def low_policy(roster: Row) -> Row:
+    """Low risk: this machine, and each approver, so that losing the machine's key loses nothing."""
+    return {"all": [{"group": "machine", "threshold": 1, "members": sorted({fingerprint(roster["machine"]), *members_of(roster, "user")})}]}
+
+
+def without_removed(policy: Row, roster: Row) -> Row:
+    """The same policy among those who are still approvers."""
+    here = {fingerprint(person) for person in active(roster)}
+    return {"all": [{**group, "members": [member for member in group["members"] if member in here]} for group in policy["all"]]}
+
+
+NEW_SECRET: Row = {"service": None, "type": None, "username": None, "risk": "medium", "action_risks": {}, "allow_standing": False, "expires": None,
+                   "rotate_every": None, "rotate_with": None}  # fmt: skip
+
+
+def next_header(vault_id: str, roster: Row, key: str, before: Row | None, version: int, options: Row, now: int) -> Row:
+    """The fields of a new version's header: what was said now, else what held before, else the defaults; ValueError."""
+    kept = {name: before[name] for name in NEW_SECRET} if before else NEW_SECRET
+    fields = {**kept, **{name: value for name, value in options.items() if name in kept and value is not None}}
+    if fields["risk"] == "low":
+        if options.get("policy"):
+            raise ValueError("a secret of low risk is opened by this machine; a policy would mean nothing")
+        policy = low_policy(roster)
+    elif options.get("policy") or before is None or before["risk"] == "low" or fields["risk"] != before["risk"]:
+        policy = build_policy(options.get("policy") or parse_policy(default_policy(fields["risk"])), roster)
+    else:
+        policy = without_removed(before["policy"], roster)
+    return {"format": "grace-secret/1", "vault_id": vault_id, "key": key, "version": version, "created": now, **fields, "policy": policy,
+            "same_person": len(active(roster)) == 1}  # fmt: skip
+
+
+def commitment(dek: bytes) -> str:
+    return derived(dek, "commitment").hex()
+
+
+def share_info(header_hash: str, sealed_hash: str, group: str, member: str, index: int) -> bytes:
+    return statement("share", [header_hash, sealed_hash, group, member, index])
+
+
+def seal(keys: Keys, fields: Row, value: bytes, roster: Row) -> Row:
+    """A new version: header, sealed value, signature and shares. `fields` is the header without what is made here."""
+    parts = {group["group"]: os.urandom(32) for group in fields["policy"]["all"]}
+    dek = functools.reduce(xor_bytes, parts.values(), bytes(32))
+    header = {**fields, "owner": keys.fingerprint, "suite": SUITE, "commitment": commitment(dek)}
+    sealed = encrypted(dek, pad(value), canonical(header))
+    this, sealed_hash = hash_of("header", header), sha256(sealed)
+    people = {fingerprint(person): person for person in [roster["machine"], *roster["approvers"]]}
+    shares = []
+    for group in header["policy"]["all"]:
+        pieces = split_part(parts[group["group"]], group["threshold"], len(group["members"]))
+        for index, (member, piece) in enumerate(zip(group["members"], pieces, strict=True), 1):
+            wrap = wrap_to(people[member], piece, share_info(this, sealed_hash, group["group"], member, index))
+            shares.append({"group": group["group"], "member": member, "index": index, "wrap": wrap})
+    return {"header": header, "sealed": sealed, "signature": keys.sign(statement("seal", [this, sealed_hash])), "shares": shares}
+
+
+def put_version(tx: Tx, made: Row, kind: str) -> tuple[int, str]:
+    """Store a new version in the place of the one before it, whose value goes; open requests for that one are void."""
+    header = made["header"]
+    newest = tx.one(NEWEST_VERSION, key=header["key"])
+    if header["version"] != (newest["version"] if newest else 0) + 1:
+        raise ConflictError(f"{header['key']} was changed meanwhile", "try again")
+    tx.run(DROP_SHARES, key=header["key"])
+    tx.run(EMPTY_VERSIONS, key=header["key"], now=tx.now)
+    tx.run(PUT_SECRET, key=header["key"], version=header["version"], header=canonical(header).decode(), sealed=made["sealed"],
+           signature=made["signature"], now=tx.now)  # fmt: skip
+    tx.many(PUT_SHARE, [{"key": header["key"], "version": header["version"], **share} for share in made["shares"]])
+    emit(tx, "secrets.secret.rotated" if kind == "rotated" else "secrets.secret.stored", header["key"],
+         {"secret_key": header["key"], "version": header["version"], "risk_level": header["risk"], "service": header["service"]})  # fmt: skip
+    return record(tx, f"secret.{kind}", header["key"], {"version": header["version"], "risk": header["risk"], "owner": header["owner"],
+                                                        "policy": policy_text(header["policy"]), "header": hash_of("header", header)})  # fmt: skip
+
+
+def open_value(header: Row, sealed: bytes, shares: dict[str, dict[int, bytes]]) -> bytes:
+    """The value from enough shares of each group; RefusedError when they do not give the key that was committed to."""
+    dek = bytes(32)
+    for group in header["policy"]["all"]:
+        try:
+            dek = xor_bytes(dek, join_part(shares.get(group["group"], {}), group["threshold"], len(group["members"])))
+        except ValueError as error:
+            raise RefusedError(f"the group {group['group']}: {error}") from None
+    if commitment(dek) != header["commitment"]:
+        raise RefusedError("the parts do not give the key of this secret")
+    return unpad(decrypted(dek, sealed, canonical(header)))
+
+
+def own_shares(keys: Keys, entry: Row, header: Row, shares: list[Row]) -> dict[str, dict[int, bytes]]:
+    """What one key can open of a version: by group, by index."""
+    this, sealed_hash = hash_of("header", header), sha256(bytes(entry["sealed"]))
+    opened: dict[str, dict[int, bytes]] = {}
+    for share in shares:
+        if share["member"] == keys.fingerprint:
+            info = share_info(this, sealed_hash, share["group_name"], share["member"], share["share_index"])
+            opened.setdefault(share["group_name"], {})[share["share_index"]] = keys.unwrap(bytes(share["wrap"]), info)
+    return opened
+
+
+def make_vault(store: Store, name: str, passphrase: bytes) -> Row:
+    """A new vault: its id, the machine's key, and the first approver, who holds both roles. ConflictError when there is one.
+
+    The files come first: a process that dies before the last step leaves a directory that nothing refers to."""
+    vault_id, machine, seen_key = os.urandom(8).hex(), Keys.new(), os.urandom(32)
+    first, folder = Keys.new(), vault_folder(vault_id)
+    roster = new_roster(None, [new_person(name, ROLES, first.public, clock())], machine.public, vault_id, first.fingerprint, clock())
+    root = hash_of("roster", roster)
+    facts = {"vault_id": vault_id, "name": name, "root": root}
+    os.makedirs(folder, mode=0o700)
+    write_private(os.path.join(folder, f"{name}.key"), locked_keys(first, seen_key, passphrase, facts, setting(store, "vault.argon2_memory")))
+    write_private(os.path.join(folder, "machine.key"), {"format": MACHINE_FILE, "vault_id": vault_id, "root": root, "private": b64(machine.private)})
+    for owner, key in ((name, seen_key), ("machine", derived(machine.private, "seen"))):
+        Seen.begin(os.path.join(folder, f"{owner}.seen"), vault_id, owner, key, (1, root))
+
+    def put(tx: Tx) -> None:
+        if tx.value(GET_VAULT):
+            raise ConflictError("this database has a vault already", "see its approvers: grace approver list")
+        tx.run(SET_SETTING, name="_vault_id", value=vault_id, now=tx.now)
+        put_roster(tx, roster, first)
+        record(tx, "vault.created", vault_id, {"approver": name, "fingerprint": first.fingerprint, "roster": root})
+
+    store.write(put)
+    return {"vault_id": vault_id, "approver": name, "roles": list(ROLES), "fingerprint": first.fingerprint, "key_file": os.path.join(folder, f"{name}.key"),
+            "machine_key_file": os.path.join(folder, "machine.key")}  # fmt: skip
+
+
+def new_person(name: str, roles: Iterable[str], public: Row, now: int) -> Row:
+    return {"name": name, "roles": sorted(roles), **public, "added": now, "removed": None, "keeps": []}
+
+
+class Approver:
+    """An approver whose key is unlocked, and what he has seen. `roster` is the newest one that he trusts."""
+
+    def __init__(self, name: str, folder: str, vault_id: str, passphrase: bytes):
+        """Unlock the key of an approver. LockedError when it is not here, DeniedError for the wrong passphrase."""
+        path = os.path.join(folder, f"{name}.key")
+        document = read_private(path, f"the key of {name}")
+        if document.get("vault_id") != vault_id or document.get("name") != name:
+            raise DeniedError(f"{path} belongs to another vault or approver")
+        self.name, self.root = name, str(document.get("root"))
+        self.keys, key = unlocked_keys(document, passphrase)
+        self.seen = Seen.of(os.path.join(folder, f"{name}.seen"), vault_id, name, key)
+        self.vault_id = vault_id
+        self.roster: Row = {}
+
+    def meet(self, rosters: list[Row]) -> Approver:
+        """Follow the lists of approvers from the first on; DeniedError when this key is not on the newest."""
+        self.roster = follow_rosters(rosters, self.vault_id, self.root, self.seen.roster)
+        person = person_of(self.roster, self.keys.fingerprint)
+        if person is None or person["removed"] is not None:
+            raise DeniedError(f"{self.name} is not an approver any more")
+        return self
+
+    def learn(self, audit: tuple[int, str], header: Row | None = None) -> None:
+        self.seen.learn((self.roster["number"], hash_of("roster", self.roster)), audit, header, fingerprint(self.roster["machine"]))
+
+
+def anchor(tx: Tx, approver: Approver) -> None:
+    """An approver's signature under the audit log as it is now."""
+    size, head = audit_head(tx)
+    document = {"format": "grace-anchor/1", "vault_id": approver.vault_id, "approver": approver.keys.fingerprint, "size": size, "head": head, "at": tx.now}
+    tx.run(PUT_ANCHOR, document=canonical(document).decode(), signature=approver.keys.sign(statement("anchor", document)))
+
+
+# =====================================================================================================================
+# consent
+# One request to use one secret for one action, and what becomes of it. Approvers sign the request as its requester wrote
+# it, and wrap their parts of the data key to the key that it names. Whoever opens checks all of it again, claims the use
+# in the same transaction, and only then decrypts. What the program alone enforces is here too: limits, clocks, roles.
+
+GET_CONSENT = "SELECT * FROM secret_consent_records WHERE consent_id = :id"
+GRANTS_OF = "SELECT * FROM consent_grants WHERE consent_id = :id ORDER BY seq"
+ALL_GRANTS = "SELECT * FROM consent_grants ORDER BY seq"
+PENDING = "SELECT * FROM secret_consent_records WHERE consent_status = 'pending' ORDER BY seq"
+OPEN_CONSENTS_OF = "SELECT * FROM secret_consent_records WHERE secret_key = :key AND consent_status IN ('pending', 'approved') ORDER BY seq"
+CONSENTS_OVER = """SELECT * FROM secret_consent_records
+  WHERE consent_status IN ('pending', 'approved') AND COALESCE(grant_expires_at, expires_at) <= :now"""
+NEXT_CONSENT_END = """SELECT COALESCE(grant_expires_at, expires_at) AS at FROM secret_consent_records
+  WHERE consent_status IN ('pending', 'approved') ORDER BY COALESCE(grant_expires_at, expires_at) LIMIT 1"""
+LAST_ANSWERS = """SELECT consent_status, denied_at FROM secret_consent_records
+  WHERE requester = :requester AND consent_status <> 'pending' ORDER BY seq DESC LIMIT 3"""
+PUT_CONSENT = """INSERT INTO secret_consent_records (consent_id, secret_key, secret_version, consent_status, mode, request, requester, pid,
+    pid_started, boot_id, ephemeral, task_id, max_uses, requested_at, expires_at, observed)
+  VALUES (:consent_id, :key, :version, 'pending', :mode, :request, :requester, :pid, :started, :boot, :ephemeral, :task_id, 1, :now,
+    :expires_at, '[]')"""
+APPROVE = """UPDATE secret_consent_records SET consent_status = 'approved', approved_at = :now, grant_expires_at = :until,
+    approval_method = :method WHERE consent_id = :id AND consent_status = 'pending'"""
+CLAIM_USE = """UPDATE secret_consent_records SET consent_status = 'used', used_count = used_count + 1, used_at = :now, ephemeral = NULL
+  WHERE consent_id = :id AND consent_status = 'approved' AND used_count < max_uses"""
+EXPIRE = """UPDATE secret_consent_records SET consent_status = 'expired', expired_reason = :reason, ephemeral = NULL
+  WHERE consent_id = :id AND consent_status IN ('pending', 'approved')"""
+DENY = """UPDATE secret_consent_records SET consent_status = 'denied', denied_at = :now, denial_reason = :reason, ephemeral = NULL
+  WHERE consent_id = :id AND consent_status = 'pending'"""
+REVOKE = """UPDATE secret_consent_records SET consent_status = 'revoked', revoked_at = :now, revocation_reason = :reason, ephemeral = NULL
+  WHERE consent_id = :id AND consent_status IN ('pending', 'approved')"""
+OBSERVE = "UPDATE secret_consent_records SET observed = :observed WHERE consent_id = :id"
+PUT_GRANT = """INSERT INTO consent_grants (consent_id, group_name, approver, document, wrap, wrap_hash, signature, created_at)
+  VALUES (:id, :group, :approver, :document, :wrap, :wrap_hash, :signature, :now)"""
+DROP_WRAPS = "UPDATE consent_grants SET wrap = NULL WHERE consent_id = :id AND wrap IS NOT NULL"
+EARLIER = """SELECT consent_status AS status, COUNT(*) AS n FROM secret_consent_records
+  WHERE secret_key = :key AND json(request) -> 'claimed' ->> 'by' = :by AND consent_id <> :id GROUP BY consent_status"""
+MAX_PENDING, MAX_PENDING_EACH, DENIALS = 20, 5, 3
+REQUEST_SHAPE: Shape = {
+    "format": TEXT, "vault_id": TEXT, "consent_id": TEXT, "key": TEXT, "version": NUMBER, "header": TEXT, "sealed": TEXT, "mode": TEXT,
+    "ephemeral": (dict, type(None)), "claimed": (dict,), "reported": (dict,), "risk": TEXT, "user": MAYBE_TEXT, "created": NUMBER, "answer_by": NUMBER,
+    "grant_for": NUMBER, "nonce": TEXT,
+}  # fmt: skip
+CLAIMED_SHAPE: Shape = {"by": TEXT, "for": TEXT, "action": TEXT, "user": MAYBE_TEXT, "context": TEXT}
+PUBLIC_SHAPE: Shape = {"hpke": TEXT, "sign": TEXT}
+GRANT_SHAPE: Shape = {
+    "format": TEXT, "request": TEXT, "group": TEXT, "approver": TEXT, "index": NUMBER, "mode": TEXT, "expires": NUMBER, "max_uses": NUMBER, "leaf": TEXT,
+    "size": NUMBER, "head": TEXT, "nonce": TEXT,
+}  # fmt: skip
+CASE_SHAPE: Shape = {
+    "format": TEXT, "consent_id": TEXT, "request": TEXT, "header": TEXT, "sealed": TEXT, "seal": TEXT, "audit": (list,), "rosters": (list,),
+    "shares": (list,), "grants": (list,), "earlier": (dict,),
+}  # fmt: skip
+CASE_PARTS: dict[str, Shape] = {
+    "rosters": {"number": NUMBER, "document": TEXT, "signature": TEXT}, "shares": {"group": TEXT, "member": TEXT, "index": NUMBER, "wrap": TEXT},
+    "grants": {"document": TEXT, "signature": TEXT, "wrap_hash": MAYBE_TEXT},
+}  # fmt: skip
+SIGNED_SHAPE: Shape = {"document": TEXT, "wrap": MAYBE_TEXT, "signature": TEXT}
+
+
+def required_groups(header: Row, risk: str) -> dict[str, int]:
+    """How many of each group must sign: as the header's policy says, and what the risk asks for besides."""
+    needed = {group["group"]: group["threshold"] for group in header["policy"]["all"] if group["group"] != "machine"}
+    return {**dict.fromkeys(RISK_NEEDS[risk], 1), **needed}
+
+
+def holders(header: Row, group: str) -> list[str]:
+    """The members of a group who hold parts of the data key, in order; empty when it only signs."""
+    return next((list(part["members"]) for part in header["policy"]["all"] if part["group"] == group), [])
+
+
+def may_sign(header: Row, request: Row, roster: Row, group: str) -> list[str]:
+    """The fingerprints of those whose signature counts for a group of this request."""
+    candidates = holders(header, group) or members_of(roster, group)
+    here = {fingerprint(person): person["name"] for person in active(roster)}
+    if group == "user" and request["user"] and required_groups(header, request["risk"])[group] == 1:
+        candidates = [member for member in candidates if member == request["user"]]
+    return [member for member in candidates if member in here and here[member].lower() != request["claimed"]["by"].lower()]
+
+
+def request_of(text: str) -> Row:
+    """A request as it was written, with the shape of one; RefusedError otherwise."""
+    try:
+        request = shaped(parse_canonical(text), REQUEST_SHAPE, "a request")
+        shaped(request["claimed"], CLAIMED_SHAPE, "a request")
+        parse_json(request["claimed"]["context"])
+    except ValueError as error:
+        raise RefusedError(f"a request {error}") from None
+    if request["ephemeral"] is not None:
+        shaped(request["ephemeral"], PUBLIC_SHAPE, "a request")
+    return request
+
+
+def grant_of(text: str) -> Row:
+    try:
+        return shaped(parse_canonical(text), GRANT_SHAPE, "a grant")
+    except ValueError as error:
+        raise RefusedError(f"a grant {error}") from None
+
+
+def checked_request(text: str, header: Row, sealed_hash: str, vault_id: str) -> Row:
+    """A request that fits the header it names; RefusedError otherwise."""
+    request = request_of(text)
+    if request["format"] != "grace-request/1" or request["vault_id"] != vault_id:
+        raise RefusedError("a request is not of this vault")
+    if (request["header"], request["sealed"]) != (hash_of("header", header), sealed_hash):
+        raise RefusedError(f"{header['key']} was changed after this was asked for")
+    if (request["key"], request["version"]) != (header["key"], header["version"]):
+        raise RefusedError("the request names another secret than its header")
+    if request["risk"] != highest_risk(header["risk"], header["action_risks"].get(request["claimed"]["action"]), request["risk"]):
+        raise RefusedError("the request says too low a risk")
+    if request["mode"] not in ("once", "collect") or (request["risk"] == "critical" and request["mode"] != "once"):
+        raise RefusedError("the mode of the request is not allowed for its risk")
+    return request
+
+
+def checked_grant(header: Row, request: Row, roster: Row, row: Row) -> Row:
+    """The document of a grant that counts for this request; RefusedError otherwise. `row`: document, signature, wrap_hash."""
+    grant = grant_of(row["document"])
+    if grant["format"] != "grace-grant/1" or grant["request"] != hash_of("request", request):
+        raise RefusedError("a grant belongs to another request")
+    if (grant["mode"], grant["max_uses"]) != (request["mode"], 1) or grant["group"] not in required_groups(header, request["risk"]):
+        raise RefusedError("a grant says something else than was asked for")
+    if grant["approver"] not in may_sign(header, request, roster, grant["group"]):
+        raise RefusedError("a grant is by somebody who may not sign for this")
+    members = holders(header, grant["group"])
+    if grant["index"] != (members.index(grant["approver"]) + 1 if members else 0) or (not members) != (row["wrap_hash"] is None):
+        raise RefusedError("a grant carries another part than its approver's")
+    person = person_of(roster, grant["approver"])
+    if person is None or not signed_by(person, bytes(row["signature"]), statement("grant-signature", [grant, row["wrap_hash"]])):
+        raise RefusedError("the signature of a grant does not hold")
+    return grant
+
+
+def checked_grants(header: Row, request: Row, roster: Row, rows: list[Row]) -> list[Row]:
+    """All grants of a request, each by another person within its group, and across groups unless one person may be both."""
+    grants = [checked_grant(header, request, roster, row) for row in rows]
+    if len({(grant["group"], grant["approver"]) for grant in grants}) != len(grants):
+        raise RefusedError("one approver signed twice for a group")
+    if not header["same_person"] and len({grant["approver"] for grant in grants}) != len(grants):
+        raise RefusedError("one person signed for two groups")
+    return grants
+
+
+def missing_groups(header: Row, request: Row, grants: list[Row]) -> list[str]:
+    return [group for group, threshold in required_groups(header, request["risk"]).items() if sum(g["group"] == group for g in grants) < threshold]
+
+
+# ---- asking
+
+
+def reported_facts(task_id: str | None) -> Row:
+    """What this process says of itself and of the program that called it."""
+    parent = os.getppid()
+    try:
+        cwd = os.getcwd()
+    except OSError:
+        cwd = ""
+    return {"pid": os.getpid(), "started": start_ticks(os.getpid()), "boot": boot_id(), "uid": os.geteuid(), "program": program_name(parent),
+            "exe": program_hash(parent), "argv": sha256(repr(sys.argv).encode()), "cwd": os.fsencode(cwd).decode(errors="replace"),
+            "task": task_id}  # fmt: skip
+
+
+def choose_user(roster: Row, header: Row, wanted: str | None, login: str) -> str | None:
+    """The fingerprint of the one who signs for `user`: as named, else the login user, else anybody of the group."""
+    members = holders(header, "user") or members_of(roster, "user")
+    if wanted is not None:
+        person = person_named(roster, wanted)
+        if person is None or fingerprint(person) not in members:
+            names = [p["name"] for p in active(roster) if fingerprint(p) in members]
+            raise NotFoundError(f"{wanted!r} is not an approver who may answer for {header['key']}", f"there is {', '.join(names) or 'nobody'}")
+        return fingerprint(person)
+    person = person_named(roster, login)
+    return fingerprint(person) if person and fingerprint(person) in members else None
+
+
+class Asking:
+    """One request of this process: its consent's id, and the private key that its grants will be wrapped to."""
+
+    def __init__(self, vault: Vault, spec: Row):
+        """File the request; low risk is approved and used at once. UsageError, NotFoundError, DeniedError."""
+        self.vault, self.spec = vault, spec
+        vault.store.write(expire_consents)
+        self.entry, self.header = vault.current(vault.store, spec["key"])
+        if spec.get("service") and spec["service"] != self.header["service"]:
+            raise NotFoundError(f"{spec['key']} belongs to the service {self.header['service'] or '-'}, not to {spec['service']}")
+        self.risk = highest_risk(self.header["risk"], self.header["action_risks"].get(spec["action"]), spec["risk"])
+        if self.header["expires"] is not None and clock() >= self.header["expires"]:
+            raise DeniedError(f"{spec['key']} has expired", f"store a new value: grace secret rotate {spec['key']}")
+        if self.risk == "low" and spec["hidden"]:
+            raise UsageError("a value inside --json is only shown with --reveal")
+        if self.risk == "critical" and spec["mode"] != "once":
+            raise UsageError("a critical use needs a process that waits for it", "leave --no-wait out")
+        if self.risk != "low" and vault.rolled_back(vault.store):
+            raise RefusedError("rolled back: the audit log is not the one that this machine has seen")
+        self.keys = Keys.new() if self.risk != "low" else None
+        self.consent_id = ""
+        self.request: Row = {}
+        self.opened: bytes | None = None
+        vault.store.write(self._file)
+        vault.learn_head(self.header)
+        if self.risk == "low":
+            shares = own_shares(vault.machine, self.entry, self.header, vault.store.all(SHARES_OF, key=spec["key"], version=self.header["version"]))
+            self.opened = open_value(self.header, bytes(self.entry["sealed"]), shares)
+
+    def _file(self, tx: Tx) -> None:
+        spec, header, reported = self.spec, self.header, self.spec["reported"]
+        entry = tx.one(NEWEST_VERSION, key=spec["key"])
+        if entry is None or entry["version"] != header["version"] or entry["sealed"] != self.entry["sealed"]:
+            raise ConflictError(f"{spec['key']} was changed meanwhile", "try again")
+        requester = f"{reported['uid']}:{reported['exe'] or reported['program']}"
+        if self.risk != "low":
+            refuse_floods(tx, requester)
+        self.consent_id = new_id("consent", tx.now)
+        claimed = {"by": spec["by"], "for": spec["purpose"], "action": spec["action"], "user": spec["user"], "context": spec["context"]}
+        user = choose_user(self.vault.roster, header, spec["user"], spec["login"]) if self.risk != "low" else None
+        self.request = {
+            "format": "grace-request/1", "vault_id": self.vault.id, "consent_id": self.consent_id, "key": header["key"], "version": header["version"],
+            "header": hash_of("header", header), "sealed": sha256(bytes(entry["sealed"])), "mode": spec["mode"],
+            "ephemeral": self.keys.public if self.keys else None, "claimed": claimed, "reported": reported, "risk": self.risk, "user": user,
+            "created": tx.now, "answer_by": tx.now + spec["timeout_ms"], "grant_for": setting(tx, "consent.grant_for"), "nonce": os.urandom(16).hex(),
+        }  # fmt: skip
+        tx.run(PUT_CONSENT, consent_id=self.consent_id, key=header["key"], version=header["version"], mode=spec["mode"],
+               request=canonical(self.request).decode(), requester=requester, pid=reported["pid"], started=reported["started"],
+               boot=reported["boot"], ephemeral=self._kept_key(), task_id=reported["task"], now=tx.now, expires_at=self.request["answer_by"])  # fmt: skip
+        record(tx, "consent.requested", self.consent_id, {"key": header["key"], "version": header["version"], "risk": self.risk, "mode": spec["mode"],
+                                                          "action": spec["action"], "request": hash_of("request", self.request)})  # fmt: skip
+        emit(tx, "secrets.consent.request", self.consent_id, request_event(self.request, header))
+        if self.risk == "low":
+            approve_low(tx, self.consent_id, self.request)
+
+    def _kept_key(self) -> bytes | None:
+        """For a request that nobody waits for: the private key, wrapped to this machine and bound to the request."""
+        if self.spec["mode"] != "collect" or self.keys is None:
+            return None
+        return wrap_to(self.vault.machine.public, self.keys.private, statement("ephemeral", hash_of("request", self.request)))
+
+    def value(self) -> bytes:
+        """The secret's value, once: after approval. DeniedError, ConflictError, WaitTimeoutError."""
+        if self.opened is not None:
+            value, self.opened = self.opened, None
+            return value
+        assert self.keys is not None
+        return redeem(self.vault, self.consent_id, self.keys, canonical(self.request).decode())
+
+
+def refuse_floods(tx: Tx, requester: str) -> None:
+    pending = tx.all(PENDING)
+    if len(pending) >= MAX_PENDING:
+        raise DeniedError(f"{MAX_PENDING} requests are waiting for an answer", "answer or withdraw some: grace consent pending")
+    if sum(row["requester"] == requester for row in pending) >= MAX_PENDING_EACH:
+        raise DeniedError(f"{MAX_PENDING_EACH} requests of this program are waiting for an answer", "answer or withdraw some: grace consent pending")
+    answers = tx.all(LAST_ANSWERS, requester=requester)
+    pause = setting(tx, "consent.pause")
+    if len(answers) == DENIALS and all(row["consent_status"] == "denied" for row in answers) and tx.now < answers[0]["denied_at"] + pause:
+        raise DeniedError(f"this program was denied {DENIALS} times in a row and has to pause until {format_instant(answers[0]['denied_at'] + pause)}",
+                          "an approver may change it: grace config set consent.pause 1s")  # fmt: skip
+
+
+def request_event(request: Row, header: Row) -> Row:
+    claimed = request["claimed"]
+    service = header["service"] or header["key"]
+    return {"consent_id": request["consent_id"], "secret_key": header["key"], "secret_type": header["type"], "service": header["service"],
+            "requested_by": claimed["by"], "requested_for": claimed["for"], "requested_action": claimed["action"], "user_id": claimed["user"],
+            "risk_level": request["risk"], "context": json.loads(claimed["context"]), "code": code_of(hash_of("request", request)),
+            "expires_in_seconds": (request["answer_by"] - request["created"]) // 1000,
+            "prompt_message": f"Grace wants to use your {service} credentials to {claimed['for']}. Allow?"}  # fmt: skip
+
+
+def approve_low(tx: Tx, consent_id: str, request: Row) -> None:
+    """Low risk: approved and used by the machine in the transaction that asks."""
+    tx.run(APPROVE, id=consent_id, now=tx.now, until=tx.now + request["grant_for"], method="auto")
+    emit(tx, "secrets.consent.approved", consent_id, {"consent_id": consent_id, "secret_key": request["key"], "approval_method": "auto"})
+    record(tx, "consent.approved", consent_id, {"key": request["key"], "method": "auto"})
+    spend(tx, consent_id, request)
+
+
+def spend(tx: Tx, consent_id: str, request: Row) -> None:
+    """Claim the use; whoever comes second is refused."""
+    if tx.run(CLAIM_USE, id=consent_id, now=tx.now) != 1:
+        raise ConflictError(f"{consent_id} has been used already", "ask again")
+    tx.run(DROP_WRAPS, id=consent_id)
+    emit(tx, "secrets.consent.used", consent_id, {"consent_id": consent_id, "secret_key": request["key"], "version": request["version"],
+                                                  "requested_by": request["claimed"]["by"], "requested_action": request["claimed"]["action"]})  # fmt: skip
+    record(tx, "secret.used", consent_id, {"key": request["key"], "version": request["version"], "action": request["claimed"]["action"]})
+
+
+# ---- answering
+
+
+def get_consent(reader: Reader, consent_id: str) -> Row:
+    """A consent by its id or an unambiguous beginning of it."""
+    row = reader.one(GET_CONSENT, id=consent_id)
+    if row is None:
+        rows = reader.all("SELECT * FROM secret_consent_records WHERE consent_id >= :id AND consent_id < :end ORDER BY consent_id LIMIT 6",
+                          id=consent_id, end=consent_id + "\U0010ffff")  # fmt: skip
+        if len(rows) > 1:
+            raise UsageError(f"{consent_id!r} is the beginning of several ids", ", ".join(row["consent_id"] for row in rows))
+        if not rows:
+            raise NotFoundError(f"there is no consent {consent_id!r}", "see them with: grace consent history")
+        row = rows[0]
+    return row
+
+
+def still_pending(row: Row, now: int) -> Row:
+    """The row itself when it can still be answered; ConflictError otherwise."""
+    if row["consent_status"] != "pending":
+        raise ConflictError(f"{row['consent_id']} is {row['consent_status']} already")
+    if now >= row["expires_at"]:
+        raise ConflictError(f"{row['consent_id']} has expired unanswered")
+    if not asker_lives(row):
+        raise ConflictError(f"the process that asked for {row['consent_id']} has ended, and the request with it")
+    return row
+
+
+def asker_lives(row: Row) -> bool:
+    """Whether a request that dies with its process still has one; a collected one needs none."""
+    if row["mode"] == "collect" or row["pid_started"] is None:
+        return True
+    return bool(row["boot_id"] == boot_id() and lives(row["pid"], row["pid_started"]))
+
+
+def build_case(tx: Tx, consent_id: str, who: str) -> Row:
+    """All that an approver needs, here or elsewhere, to judge a request and to sign; recorded before anything is signed."""
+    row = still_pending(get_consent(tx, consent_id), tx.now)
+    entry = tx.one(GET_VERSION, key=row["secret_key"], version=row["secret_version"])
+    newest = tx.one(NEWEST_VERSION, key=row["secret_key"])
+    if entry is None or entry["sealed"] is None or newest is None or newest["version"] != entry["version"]:
+        raise ConflictError(f"{row['secret_key']} was changed after {row['consent_id']} was asked for")
+    size, head = record(tx, "consent.shown", row["consent_id"], {"key": row["secret_key"], "to": who})
+    claimed = request_of(row["request"])["claimed"]
+    return {
+        "format": "grace-case/1", "consent_id": row["consent_id"], "request": row["request"], "header": entry["header"],
+        "sealed": sha256(bytes(entry["sealed"])), "seal": b64(bytes(entry["signature"])), "audit": [size, head],
+        "rosters": [{"number": r["number"], "document": r["document"], "signature": b64(bytes(r["signature"]))} for r in tx.all(ROSTERS)],
+        "shares": [{"group": s["group_name"], "member": s["member"], "index": s["share_index"], "wrap": b64(bytes(s["wrap"]))}
+                   for s in tx.all(SHARES_OF, key=row["secret_key"], version=row["secret_version"])],
+        "grants": [{"document": g["document"], "signature": b64(bytes(g["signature"])), "wrap_hash": g["wrap_hash"]}
+                   for g in tx.all(GRANTS_OF, id=row["consent_id"])],
+        "earlier": {r["status"]: r["n"] for r in tx.all(EARLIER, key=row["secret_key"], by=claimed["by"], id=row["consent_id"])},
+    }  # fmt: skip
+
+
+def wrap_hash(wrap: bytes | None) -> str | None:
+    return None if wrap is None else sha256(bytes(wrap))
+
+
+def parse_case(text: str) -> Row:
+    """A case from the text that another machine exported; RefusedError when it is none."""
+    try:
+        case = shaped(parse_json(text), CASE_SHAPE, "this text")
+    except ValueError as error:
+        raise RefusedError(f"this is no exported request: {error}") from None
+    for name, shape in CASE_PARTS.items():
+        for item in case[name]:
+            shaped(item, shape, "this text")
+    if case["format"] != "grace-case/1" or [type(item) for item in case["audit"]] != [int, str]:
+        raise RefusedError("this is no exported request")
+    return case
+
+
+class Review:
+    """A request as an approver may trust it: everything verified with his own key and what he has seen."""
+
+    def __init__(self, approver: Approver, case: Row, now: int):
+        """RefusedError when anything does not hold; ConflictError when it is too late."""
+        self.approver, self.case = approver, case
+        rosters = [{**row, "signature": from_b64(row["signature"], "a signature")} for row in case["rosters"]]
+        self.roster = approver.meet(rosters).roster
+        self.header = check_seal(case["header"], case["sealed"], from_b64(case["seal"], "a seal"), approver.vault_id, self.roster)
+        if problem := approver.seen.odd_version(self.header):
+            raise RefusedError(f"rolled back: {problem}")
+        size, head = case["audit"]
+        if size < approver.seen.audit[0] or (size == approver.seen.audit[0] and head != approver.seen.audit[1]):
+            raise RefusedError("rolled back: the audit log is not the one seen before")
+        self.request = checked_request(case["request"], self.header, case["sealed"], approver.vault_id)
+        if self.request["consent_id"] != case["consent_id"]:
+            raise RefusedError("the request belongs to another consent")
+        if now >= self.request["answer_by"]:
+            raise ConflictError(f"{case['consent_id']} has expired unanswered")
+        given = [{**row, "signature": from_b64(row["signature"], "a signature")} for row in case["grants"]]
+        self.grants = checked_grants(self.header, self.request, self.roster, given)
+        self.hash = hash_of("request", self.request)
+        self.code = code_of(self.hash)
+
+    @property
+    def risk(self) -> str:
+        return str(self.request["risk"])
+
+    def groups(self, wanted: str | None) -> list[str]:
+        """The groups to sign for; DeniedError, ConflictError or UsageError when there is none."""
+        mine = self.approver.keys.fingerprint
+        if self.request["claimed"]["by"].lower() == self.approver.name.lower():
+            raise DeniedError(f"{self.approver.name} asked for this and may not approve it", "another approver has to")
+        open_ones = missing_groups(self.header, self.request, self.grants)
+        signed = {grant["group"] for grant in self.grants if grant["approver"] == mine}
+        eligible = [group for group in required_groups(self.header, self.risk) if mine in may_sign(self.header, self.request, self.roster, group)]
+        if wanted is not None and wanted not in eligible:
+            raise DeniedError(f"{self.approver.name} may not sign for {wanted} here")
+        if not eligible:
+            raise DeniedError(f"{self.approver.name} may not sign for this request")
+        chosen = [group for group in eligible if group in open_ones and group not in signed and wanted in (None, group)]
+        if not chosen:
+            raise ConflictError(f"{self.approver.name} has signed already, or no signature is missing there")
+        if not self.header["same_person"]:
+            if signed:
+                raise DeniedError("one person may not sign for two groups of this secret", "another approver has to")
+            if len(chosen) > 1:
+                raise UsageError(f"{self.approver.name} may sign for {' or '.join(chosen)}, not for both", f"name one: --as {chosen[0]}")
+        if len(chosen) > 1 and self.risk in ("high", "critical"):
+            raise UsageError(f"one person in two roles has to name the one for which he signs at {self.risk} risk", f"name one: --as {chosen[0]}")
+        return chosen
+
+    def sign(self, group: str, now: int) -> Row:
+        """One signed grant: this approver's part of the data key, where he holds one, wrapped to the requester."""
+        keys, (size, head) = self.approver.keys, self.case["audit"]
+        share = next((s for s in self.case["shares"] if s["group"] == group and s["member"] == keys.fingerprint), None)
+        if (share is None) == bool(holders(self.header, group)):
+            raise RefusedError(f"the part of {self.approver.name} is missing")
+        grant = {"format": "grace-grant/1", "request": self.hash, "group": group, "approver": keys.fingerprint, "index": share["index"] if share else 0,
+                 "mode": self.request["mode"], "expires": now + self.request["grant_for"], "max_uses": 1, "leaf": head, "size": size, "head": head,
+                 "nonce": os.urandom(16).hex()}  # fmt: skip
+        wrap = None
+        if share is not None:
+            info = share_info(self.request["header"], self.case["sealed"], group, keys.fingerprint, share["index"])
+            part = keys.unwrap(from_b64(share["wrap"], "a part"), info)
+            wrap = wrap_to(self.request["ephemeral"], part, statement("grant", grant))
+        signature = keys.sign(statement("grant-signature", [grant, wrap_hash(wrap)]))
+        return {"document": canonical(grant).decode(), "wrap": b64(wrap) if wrap is not None else None, "signature": b64(signature)}
+
+    def learn(self) -> None:
+        self.approver.learn((self.case["audit"][0], self.case["audit"][1]), self.header)
+
+
+def record_grants(tx: Tx, vault: Vault, consent_id: str, signed: list[Row], observed: Row) -> Row:
+    """Store signed grants and, when nothing is missing any more, approve; the consent's row. ConflictError when too late."""
+    row = still_pending(get_consent(tx, consent_id), tx.now)
+    entry, header = vault.current(tx, row["secret_key"])
+    request = checked_request(row["request"], header, sha256(bytes(entry["sealed"])), vault.id)
+    for item in signed:
+        grant = grant_of(item["document"])
+        if not leaf_is_there(tx, grant, row["consent_id"]):
+            raise RefusedError("a grant names a leaf that is not in the audit log")
+        wrap = from_b64(item["wrap"], "a part") if item["wrap"] is not None else None
+        if tx.one("SELECT seq FROM consent_grants WHERE consent_id = :id AND group_name = :group AND approver = :approver",
+                  id=row["consent_id"], group=grant["group"], approver=grant["approver"]):  # fmt: skip
+            raise ConflictError("this approver has signed for this group already")
+        tx.run(PUT_GRANT, id=row["consent_id"], group=grant["group"], approver=grant["approver"], document=item["document"], wrap=wrap,
+               wrap_hash=wrap_hash(wrap), signature=from_b64(item["signature"], "a signature"), now=tx.now)  # fmt: skip
+    grants = checked_grants(header, request, vault.roster, tx.all(GRANTS_OF, id=row["consent_id"]))
+    tx.run(OBSERVE, id=row["consent_id"], observed=to_json([*json.loads(row["observed"]), observed]))
+    missing = missing_groups(header, request, grants)
+    for item in signed:
+        grant = grant_of(item["document"])
+        person = person_of(vault.roster, grant["approver"]) or {"name": "?"}
+        record(tx, "consent.signed", row["consent_id"], {"key": header["key"], "group": grant["group"], "approver": grant["approver"], "name": person["name"],
+                                                         "requester_is_approver_uid": observed.get("requester_is_approver_uid")})  # fmt: skip
+    if not missing:
+        tx.run(APPROVE, id=row["consent_id"], now=tx.now, until=min(grant["expires"] for grant in grants), method="approver")
+        emit(tx, "secrets.consent.approved", row["consent_id"], {"consent_id": row["consent_id"], "secret_key": header["key"], "approval_method": "approver"})
+        record(tx, "consent.approved", row["consent_id"], {"key": header["key"], "method": "approver"})
+    return get_consent(tx, row["consent_id"])
+
+
+def leaf_is_there(reader: Reader, grant: Row, consent_id: str) -> bool:
+    """Whether the audit log holds, at the place that the grant names, the record that this request was shown."""
+    row = reader.one(GET_LEAF, seq=grant["size"])
+    if row is None or not row["hash"] == grant["head"] == grant["leaf"]:
+        return False
+    try:
+        leaf = parse_canonical(row["leaf"])
+    except ValueError:
+        return False
+    return hash_of("audit", leaf) == row["hash"] and (leaf["kind"], leaf["subject"]) == ("consent.shown", consent_id)
+
+
+def close_consent(tx: Tx, row: Row, sql: str, kind: str, reason: str | None, **more: Any) -> bool:
+    """End a consent by one guarded UPDATE, with its event and leaf; whether it was still open."""
+    params = {"id": row["consent_id"], "reason": reason, **more}
+    if tx.run(sql, **params) != 1:
+        return False
+    tx.run(DROP_WRAPS, id=row["consent_id"])
+    emit(tx, f"secrets.consent.{kind}", row["consent_id"], {"consent_id": row["consent_id"], "secret_key": row["secret_key"], "reason": reason})
+    record(tx, f"consent.{kind}", row["consent_id"], {"key": row["secret_key"], "reason": reason, "uid": os.geteuid(), "signed": False})
+    return True
+
+
+def deny(tx: Tx, consent_id: str, reason: str) -> Row:
+    row = still_pending(get_consent(tx, consent_id), tx.now)
+    close_consent(tx, row, DENY, "denied", reason, now=tx.now)
+    return get_consent(tx, row["consent_id"])
+
+
+def withdraw(tx: Tx, consent_id: str) -> Row:
+    """The requester's own no: a pending request is revoked."""
+    row = get_consent(tx, consent_id)
+    if row["consent_status"] != "pending":
+        raise ConflictError(f"{row['consent_id']} is {row['consent_status']} already")
+    close_consent(tx, row, REVOKE, "revoked", "withdrawn", now=tx.now)
+    return get_consent(tx, row["consent_id"])
+
+
+def revoke(tx: Tx, consent_id: str, reason: str) -> Row:
+    row = get_consent(tx, consent_id)
+    if not close_consent(tx, row, REVOKE, "revoked", reason, now=tx.now):
+        hint = f"the value has been given out; only a new one helps: grace secret rotate {row['secret_key']}" if row["consent_status"] == "used" else ""
+        raise ConflictError(f"{row['consent_id']} is {row['consent_status']} already", hint)
+    return get_consent(tx, row["consent_id"])
+
+
+def revoke_all(tx: Tx, key: str, action: str | None, reason: str) -> list[Row]:
+    """Revoke what is open for a secret, or for one action with it."""
+    if tx.one(NEWEST_VERSION, key=key) is None:
+        raise NotFoundError(f"there is no secret {key!r}", "see them with: grace secret list")
+    wanted = [row for row in tx.all(OPEN_CONSENTS_OF, key=key) if action is None or request_of(row["request"])["claimed"]["action"] == action]
+    return [revoke(tx, row["consent_id"], reason) for row in wanted]
+
+
+def void_open_consents(tx: Tx, key: str, reason: str) -> None:
+    """What was asked for an older version, or for a secret that is gone, can no longer be granted or used."""
+    for row in tx.all(OPEN_CONSENTS_OF, key=key):
+        close_consent(tx, row, REVOKE, "revoked", reason, now=tx.now)
+
+
+def store_version(tx: Tx, made: Row, kind: str, approver: Approver | None) -> Row:
+    """A new version in the place of the one before, anchored by the approver who sealed it."""
+    put_version(tx, made, kind)
+    void_open_consents(tx, made["header"]["key"], "the secret was changed")
+    if approver is not None:
+        anchor(tx, approver)
+    return tx.one(NEWEST_VERSION, key=made["header"]["key"]) or {}
+
+
+def remove_secret(tx: Tx, key: str) -> Row:
+    """Drop a secret's value and parts; its headers stay for the history."""
+    newest = tx.one(NEWEST_VERSION, key=key)
+    if newest is None or newest["sealed"] is None:
+        raise NotFoundError(f"there is no secret {key!r}", "see them with: grace secret list")
+    void_open_consents(tx, key, "the secret was removed")
+    tx.run(DROP_SHARES, key=key)
+    tx.run(EMPTY_VERSIONS, key=key, now=tx.now)
+    emit(tx, "secrets.secret.removed", key, {"secret_key": key, "version": newest["version"]})
+    record(tx, "secret.removed", key, {"version": newest["version"], "uid": os.geteuid(), "signed": False})
+    return tx.one(NEWEST_VERSION, key=key) or {}
+
+
+def expire_consents(tx: Tx) -> int:
+    """End what nobody answered or used in time, and what has lost its process; how many."""
+    over = tx.all(CONSENTS_OVER, now=tx.now)
+    lost = [row for row in tx.all(PENDING) if row["expires_at"] > tx.now and not asker_lives(row)]
+    for row in over + lost:
+        close_consent(tx, row, EXPIRE, "expired", "grant_ended" if row["consent_status"] == "approved" else "unanswered")
+    return len(over) + len(lost)
+
+
+# ---- opening
+
+
+def redeem(vault: Vault, consent_id: str, keys: Keys | None, own_request: str | None) -> bytes:
+    """Open the secret that a consent is for, with the waiting process's key or, when collected, the one kept for it.
+
+    The use is spent before anything is decrypted; what does not verify is refused, and the log says why."""
+    with refusals(vault.store, consent_id, plain=True):
+        header, sealed, parts = vault.store.write(lambda tx: claim_parts(tx, vault, consent_id, keys, own_request))
+        value = open_value(header, sealed, parts)
+    vault.learn_head(header)
+    return value
+
+
+def claim_parts(tx: Tx, vault: Vault, consent_id: str, keys: Keys | None, own_request: str | None) -> tuple[Row, bytes, dict[str, dict[int, bytes]]]:
+    """Check everything in one state of the database, spend the use, and hand out the parts of the data key."""
+    row = get_consent(tx, consent_id)
+    refuse_closed(row)
+    if vault.rolled_back(tx):
+        raise RefusedError("rolled back: the audit log is not the one that this machine has seen")
+    entry, header = vault.current(tx, row["secret_key"])
+    if own_request is not None and row["request"] != own_request:
+        raise RefusedError("the request was changed after it was filed")
+    request = checked_request(row["request"], header, sha256(bytes(entry["sealed"])), vault.id)
+    if request["consent_id"] != row["consent_id"]:
+        raise RefusedError("the request belongs to another consent")
+    rows = tx.all(GRANTS_OF, id=row["consent_id"])
+    grants = checked_grants(header, request, vault.roster, rows)
+    if missing := missing_groups(header, request, grants):
+        raise RefusedError(f"signatures of {' and '.join(missing)} are missing")
+    if any(tx.now >= grant["expires"] for grant in grants):
+        raise RefusedError("a grant has expired")
+    if not all(leaf_is_there(tx, grant, row["consent_id"]) for grant in grants):
+        raise RefusedError("a grant names a leaf that is not in the audit log")
+    if keys is None:
+        kept = vault.machine.unwrap(bytes(row["ephemeral"] or b""), statement("ephemeral", hash_of("request", request)))
+        keys = Keys(kept)
+    if keys.public != request["ephemeral"]:
+        raise RefusedError("the request names the key of somebody else")
+    parts: dict[str, dict[int, bytes]] = {}
+    for grant, stored in zip(grants, rows, strict=True):
+        if stored["wrap_hash"] is not None:
+            if wrap_hash(stored["wrap"]) != stored["wrap_hash"]:
+                raise RefusedError("the part in a grant was changed")
+            parts.setdefault(grant["group"], {})[grant["index"]] = keys.unwrap(bytes(stored["wrap"]), statement("grant", grant))
+    spend(tx, consent_id, request)
+    return header, bytes(entry["sealed"]), parts
+
+
+def refuse_closed(row: Row) -> None:
+    """The error for a consent that opens nothing (any more), or nothing when it is approved."""
+    status, name = row["consent_status"], row["consent_id"]
+    if status == "pending":
+        raise ConflictError(f"{name} is not approved yet", f"wait for it: grace consent wait {name}")
+    if status in ("denied", "revoked"):
+        reason = row["denial_reason"] if status == "denied" else row["revocation_reason"]
+        raise DeniedError(f"{name} was {status}" + (f": {reason}" if reason else ""))
+    if status == "expired":
+        raise WaitTimeoutError(f"{name} has expired: " + ("nobody answered in time" if row["expired_reason"] == "unanswered" else "it was not used in time"))
+    if status == "used":
+        raise ConflictError(f"{name} has been used already", "ask again")
+
+
+# ---- what an approver's own process can see
+
+
+def observe(reported: Row, approver_uid: int) -> Row:
+    """What /proc says now about the process that asked and about the programs above it."""
+    pid, started = reported.get("pid"), reported.get("started")
+    if reported.get("boot") != boot_id() or not isinstance(pid, int) or not isinstance(started, int) or not lives(pid, started):
+        return {"alive": False, "uid": None, "requester_is_approver_uid": None, "ancestors": []}
+    uid = owner_of(pid)
+    ancestors: list[Row] = []
+    above = parent_of(pid)
+    while above > 1 and len(ancestors) < 8:
+        ancestors.append({"pid": above, "program": program_name(above), "exe": program_hash(above), "uid": owner_of(above)})
+        above = parent_of(above)
+    return {"alive": True, "uid": uid, "requester_is_approver_uid": uid == approver_uid, "ancestors": ancestors}
+
+
+def prompt_lines(review: Review, seen: Row, elsewhere: bool) -> list[str]:
+    """What an approver is shown, in the order of its worth: sealed, verified now, reported, claimed, and what was before."""
+    header, request, now_risk = review.header, review.request, review.risk
+    claimed, reported = request["claimed"], request["reported"]
+    owner = person_of(review.roster, header["owner"]) or {"name": "this machine"}
+    lines = ["SEALED (signed by the owner, verified)",
+             f"  secret    {header['key']}  version {header['version']}" + (f"  service {ascii_only(header['service'])}" if header["service"] else ""),
+             f"  owner     {owner['name']}",
+             f"  risk      {now_risk}" + (f"  (sealed as {header['risk']})" if now_risk != header["risk"] else ""),
+             f"  policy    {policy_text(header['policy'])}", f"  mode      {request['mode']}", f"  code      {review.code}"]  # fmt: skip
+    lines += ["VERIFIED NOW by this process"]
+    if elsewhere:
+        lines += ["  nothing: the request comes from another machine"]
+    elif not seen["alive"]:
+        lines += ["  the process that asked is not running" + (" (it left its request to be collected)" if request["mode"] == "collect" else "")]
+    else:
+        lines += [f"  process   {reported['pid']} of user {seen['uid']}" + (" (your own user id)" if seen["requester_is_approver_uid"] else "")]
+        lines += [f"  below     {a['pid']} {ascii_only(a['program'], 40)} " + (f"sha256 {a['exe'][:16]}" if a["exe"] else "(its program may not be read)")
+                  for a in seen["ancestors"]]  # fmt: skip
+    lines += ["REPORTED by the requester's own process, not verified", f"  program   {ascii_only(str(reported.get('program')), 60)}",
+              f"  folder    {ascii_only(str(reported.get('cwd')))}"]  # fmt: skip
+    lines += [f"  task      {ascii_only(str(reported['task']))}"] if reported.get("task") else []
+    lines += ["CLAIMED by the requester, anything may stand here"]
+    lines += [f'  {name:<9} "{ascii_only(str(claimed[name]))}"' for name in ("by", "action", "for", "user") if claimed.get(name)]
+    lines += [f'  context   "{ascii_only(claimed["context"])}"'] if claimed["context"] != "{}" else []
+    earlier = review.case["earlier"]
+    history = ", ".join(f"{n} {status}" for status, n in sorted(earlier.items())) if earlier else "the first time that this requester asks for it"
+    return [*lines, "BEFORE", f"  {history}", f"  answer until {format_instant(request['answer_by'])}"]
+
+
+# ---- shown to programs and people
+
+
+def newest_roster(reader: Reader) -> Row:
+    """The newest list of approvers, unverified: for names in listings."""
+    row = reader.one("SELECT document FROM vault_rosters ORDER BY number DESC LIMIT 1")
+    if row is None:
+        raise LockedError("there is no vault yet", "make one: grace init")
+    roster: Row = json.loads(row["document"])
+    return roster
+
+
+def consent_document(reader: Reader, row: Row) -> Row:
+    """A consent as programs see it."""
+    request, roster = request_of(row["request"]), newest_roster(reader)
+    header = json.loads((reader.one(GET_VERSION, key=row["secret_key"], version=row["secret_version"]) or {"header": "{}"})["header"])
+    claimed, names = request["claimed"], {fingerprint(person): person["name"] for person in roster["approvers"]}
+    grants = reader.all(GRANTS_OF, id=row["consent_id"])
+    needed = required_groups(header, request["risk"]) if request["risk"] != "low" else {}
+    governance = sum(grant["group_name"] == "governance" for grant in grants)
+    return {
+        "consent_id": row["consent_id"], "secret_key": row["secret_key"], "secret_version": row["secret_version"], "secret_type": header.get("type"),
+        "service": header.get("service"), "requested_by": claimed["by"], "requested_for": claimed["for"], "requested_action": claimed["action"],
+        "user_id": names.get(request["user"], claimed["user"]), "risk_level": request["risk"], "mode": row["mode"],
+        "code": code_of(hash_of("request", request)), "consent_status": row["consent_status"], "single_use": row["max_uses"] == 1,
+        "used_count": row["used_count"], "max_uses": row["max_uses"], "governance_approval_required": "governance" in needed,
+        "governance_approved": governance >= needed["governance"] if "governance" in needed else None,
+        "approvals": [{"group": grant["group_name"], "approver": names.get(grant["approver"], grant["approver"]),
+                       "approved_at": format_instant(grant["created_at"])} for grant in grants],
+        **{name: format_instant(row[name]) for name in ("requested_at", "expires_at", "approved_at", "denied_at", "revoked_at", "used_at", "grant_expires_at")},
+        "expired_reason": row["expired_reason"], "approval_method": row["approval_method"], "denial_reason": row["denial_reason"],
+        "revocation_reason": row["revocation_reason"], "context": json.loads(claimed["context"]), "task_id": row["task_id"],
+        "observed": {"reported": request["reported"], "verified": json.loads(row["observed"])},
+    }  # fmt: skip
 
 
 # =====================================================================================================================
@@ -1993,44 +3749,6 @@ class SpawnError(Exception):
     def __init__(self, message: str, exit_status: int, retry: bool = True):
         super().__init__(message)
         self.exit_status, self.retry = exit_status, retry
-
-
-@functools.cache
-def boot_id() -> str:
-    """Which boot of this machine this is."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        return "unknown"
-
-
-def stat_fields(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the state on (proc_pid_stat(5), field 3 and up); empty when it is gone."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()
-    except OSError:
-        return []
-
-
-def start_ticks(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot."""
-    fields = stat_fields(pid)
-    return int(fields[19]) if fields else None
-
-
-def lives(pid: int, ticks: int) -> bool:
-    """Whether the process that started then is still there, and no zombie."""
-    fields = stat_fields(pid)
-    return bool(fields) and int(fields[19]) == ticks and fields[0] not in "ZX"
-
-
-def all_pids() -> list[int]:
-    try:
-        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    except OSError:
-        return []
 
 
 def processes_of(tokens: Iterable[str], group: int | None = None) -> list[int]:
@@ -3019,6 +4737,9 @@ class Daemon:
                 self.look = True
                 self.say("repaired", {"links": mended})
             sweep_doors(self.store)
+        over = self.store.value(NEXT_CONSENT_END)
+        if over is not None and over <= clock():
+            self.store.write(expire_consents)
         if now >= self.beat_at:
             self.beat_at = now + setting(self.store, "daemon.heartbeat_every") / 1000
             self._beat()
@@ -3997,10 +5718,14 @@ ROOT_HELP = """Intents with deadlines: run them, warn, escalate, rescue, remembe
 A first use: `grace handler add NAME -- CMD`, `grace submit-intent "GOAL" --handler NAME --sla 5m`, `grace daemon --once`.
 `grace demo` shows all of it on a throw-away database."""
 GROUPS.update({
+    "approver": "Who may approve the use of secrets.",
+    "audit": "The chained record of what happened to the vault.",
     "config": "The settings, each with a default and a sentence.",
+    "consent": "Requests to use secrets, and the answers.",
     "events": "The event bus: what happened, in order.",
     "handler": "The commands that do the work, by name.",
     "intent": "Goals and how they went.",
+    "secret": "Sealed values, and asking for them.",
     "task": "The units of work behind intents, and the protocol for workers that are not grace.",
 })  # fmt: skip
 
@@ -4825,6 +6550,1224 @@ def show_changed_setting(app: App, name: str, change: Callable[[Tx], None]) -> N
     store.write(change)
     document = setting_document(store, name)
     app.show(document, lambda: write_out(f"{name}  {document['value']}"))
+
+
+# ---- vault: people and keys
+
+
+PASSPHRASE = opt("--passphrase-file", metavar="FILE", help="The passphrase is this file's first line; - for stdin [default: asked on the terminal].")
+APPROVER_NAME = Checked("name", lambda text: named("an approver", text) if text.lower() != "machine" else _refuse("'machine' is the machine's own name"))
+SECRET_NAME = Checked("key", lambda text: text if SECRET_KEY.fullmatch(text) else _refuse(f"{text[:60]!r} is no key: 1 to 128 of A–Z a–z 0–9 _ . -"))
+
+
+def has_terminal() -> bool:
+    """Whether a person can be asked: standard input or standard error is a terminal, and it opens."""
+    if not (os.isatty(0) or os.isatty(2)):
+        return False
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+def passphrase(source: str | None, whose: str, new: bool = False) -> bytes:
+    """A passphrase from a private file, stdin or the terminal; a new one is asked for twice. LockedError when there is no way."""
+    if source is not None:
+        return passphrase_file(source)
+    if not has_terminal():
+        raise LockedError(f"the passphrase of {whose} is needed, and there is no terminal to ask on", "name a file with --passphrase-file")
+    import getpass
+
+    typed = getpass.getpass(f"Passphrase of {whose}: ")
+    if new and getpass.getpass("The same again: ") != typed:
+        raise UsageError("the two passphrases differ", "nothing was changed; try again")
+    if not typed:
+        raise DeniedError("no passphrase was given")
+    return typed.encode(errors="surrogateescape")
+
+
+def passphrase_file(source: str) -> bytes:
+    try:
+        with open(0 if source == "-" else source, "rb", closefd=source != "-") as file:
+            facts = os.fstat(file.fileno())
+            if source != "-" and stat.S_ISREG(facts.st_mode) and facts.st_mode & 0o077:
+                raise UsageError(
+                    f"--passphrase-file: {printable(source)} is open to others (mode {stat.S_IMODE(facts.st_mode):o})", f"chmod 600 {printable(source)}"
+                )
+            line = file.readline(4097)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--passphrase-file: cannot read {printable(source)}: {getattr(error, 'strerror', None) or error}") from None
+    line = line.removesuffix(b"\n")
+    if not 1 <= len(line) <= 4096:
+        raise UsageError("--passphrase-file: the first line holds 1 to 4096 bytes")
+    return line
+
+
+def choose_approver(vault: Vault, name: str | None) -> str:
+    """Who acts: as named, else the login user, else the only one whose key is here."""
+    known = [person["name"] for person in active(vault.roster)]
+    if name is None:
+        here = [other for other in known if os.path.exists(os.path.join(vault.folder, f"{other}.key"))]
+        name = login_name() if login_name() in known else here[0] if len(here) == 1 else None
+        if name is None:
+            raise UsageError("several approvers could act here", f"name one with --approver: {', '.join(known)}")
+    if name not in known:
+        raise NotFoundError(f"there is no approver {name!r}", nearest_hint(name, known, "grace approver list"))
+    return name
+
+
+def unlock(vault: Vault, name: str, source: str | None) -> Approver:
+    """An approver of this vault, unlocked, who has seen no newer state of it than this one."""
+    if not os.path.exists(os.path.join(vault.folder, f"{name}.key")):
+        raise LockedError(f"the key of {name} is not on this machine", "carry the request there: grace consent export ID")
+    approver = Approver(name, vault.folder, vault.id, passphrase(source, name))
+    with refusals(vault.store, name, plain=False):
+        approver.meet(vault.store.all(ROSTERS))
+        if not extends(vault.store, approver.seen.audit):
+            raise RefusedError("rolled back: the audit log is not the one that this approver has seen")
+    return approver
+
+
+def open_vault(app: App) -> tuple[Store, Vault]:
+    harden()
+    store = app.store()
+    with refusals(store, "vault", plain=False):
+        return store, Vault(store)
+
+
+@command("init", opt("--name", kind=APPROVER_NAME, help="The first approver [default: the login name]."), PASSPHRASE)
+def init_command(app: App, name: str | None, passphrase_file: str | None) -> None:
+    """Make the vault: its id, this machine's key, and you as the first approver."""
+    harden()
+    store = app.store()
+    if store.value(GET_VAULT):
+        raise ConflictError("this database has a vault already", "see its approvers: grace approver list")
+    first = name or APPROVER_NAME.convert(login_name(), None, None)
+    done = make_vault(store, first, passphrase(passphrase_file, first, new=True))
+
+    def plain() -> None:
+        show_record({key: value for key, value in done.items() if key != "roles"})
+        write_out(f"\n{first} is user and governance in one person: high and critical risk ask him twice, but nobody else. There is no way\n"
+                  "back from a lost passphrase: keep it, or add a recovery approver with: grace approver add NAME --role user --role governance")  # fmt: skip
+
+    app.show(done, plain)
+
+
+def person_document(vault: Vault, person: Row) -> Row:
+    return {"name": person["name"], "roles": person["roles"], "fingerprint": fingerprint(person), "added_at": format_instant(person["added"]),
+            "removed_at": format_instant(person["removed"]), "key_here": os.path.exists(os.path.join(vault.folder, f"{person['name']}.key"))}  # fmt: skip
+
+
+@command("approver list")
+def approver_list(app: App) -> None:
+    """Who may approve, with their roles, and who could once."""
+    _, vault = open_vault(app)
+    documents = [person_document(vault, person) for person in vault.roster["approvers"]]
+    rows = [
+        (d["name"], " ".join(d["roles"]), d["fingerprint"][:16], "removed" if d["removed_at"] else "here" if d["key_here"] else "elsewhere") for d in documents
+    ]
+    app.show(documents, lambda: show_table(("NAME", "ROLES", "FINGERPRINT", "KEY"), rows, "nobody"))
+
+
+SIGNER = opt("--approver", kind="name", help="Which approver signs for this [default: the login name].")
+
+
+@command("approver add", arg("name", APPROVER_NAME), opt("--role", kind=Checked("role", one_of(ROLES)), multiple=True, required=True, help="user or governance (repeatable)."),
+         opt("--new-passphrase-file", metavar="FILE", help="The new approver's passphrase [default: asked on the terminal]."), SIGNER, PASSPHRASE)  # fmt: skip
+def approver_add(app: App, name: str, role: tuple[str, ...], new_passphrase_file: str | None, approver: str | None, passphrase_file: str | None) -> None:
+    """Add an approver. Secrets that exist are not affected until `secret reshare`."""
+    store, vault = open_vault(app)
+    if any(person["name"].lower() == name.lower() for person in active(vault.roster)):
+        raise ConflictError(f"there is an approver {name} already")
+    signer = unlock(vault, choose_approver(vault, approver), passphrase_file)
+    keys, seen_key = Keys.new(), os.urandom(32)
+    roster = new_roster(vault.roster, [*vault.roster["approvers"], new_person(name, set(role), keys.public, clock())], vault.roster["machine"], vault.id,
+                        signer.keys.fingerprint, clock())  # fmt: skip
+    facts = {"vault_id": vault.id, "name": name, "root": vault.root}
+    document = locked_keys(keys, seen_key, passphrase(new_passphrase_file, name, new=True), facts, setting(store, "vault.argon2_memory"))
+    write_private(os.path.join(vault.folder, f"{name}.key"), document)
+    Seen.begin(os.path.join(vault.folder, f"{name}.seen"), vault.id, name, seen_key, (roster["number"], hash_of("roster", roster)), audit_head(store))
+    change_roster(vault, signer, roster, "approver.added", name)
+    added = person_named(roster, name)
+    assert added is not None
+    app.show(
+        person_document(vault, added),
+        lambda: write_out(f"{name} is an approver ({', '.join(sorted(set(role)))}); share secrets with: grace secret reshare KEY"),
+    )
+
+
+def change_roster(vault: Vault, signer: Approver, roster: Row, kind: str, name: str) -> None:
+    """Put the next list of approvers, signed, and let this machine and the signer know it."""
+
+    def put(tx: Tx) -> None:
+        if tx.value("SELECT MAX(number) AS n FROM vault_rosters") != roster["number"] - 1:
+            raise ConflictError("the approvers were changed meanwhile", "try again")
+        put_roster(tx, roster, signer.keys)
+        record(tx, kind, name, {"by": signer.name, "roster": hash_of("roster", roster), "number": roster["number"]})
+        anchor(tx, signer)
+
+    vault.store.write(put)
+    signer.roster = vault.roster = roster
+    signer.learn(audit_head(vault.store))
+    vault.seen.learn(roster=vault.roster_mark)
+    vault.learn_head()
+
+
+@command("approver remove", arg("name", "name"), SIGNER, PASSPHRASE)
+def approver_remove(app: App, name: str, approver: str | None, passphrase_file: str | None) -> None:
+    """Take an approver off the list, and say what that key can still open until those secrets change."""
+    store, vault = open_vault(app)
+    person = person_named(vault.roster, name)
+    if person is None:
+        raise NotFoundError(f"there is no approver {name!r}", "see them with: grace approver list")
+    mine, opens, keeps = fingerprint(person), [], []
+    for entry in store.all(CURRENT_SECRETS):
+        header = vault.checked(store, entry)
+        keeps += [hash_of("header", header)] if header["owner"] == mine else []
+        groups = [group for group in header["policy"]["all"] if mine in group["members"]]
+        opens += [header["key"]] if groups else []
+        left = {fingerprint(other) for other in active(vault.roster)} - {mine}
+        for group in groups:
+            if group["group"] != "machine" and len(left & set(group["members"])) < group["threshold"]:
+                raise ConflictError(f"without {name}, {header['key']} could not be opened any more ({policy_text(header['policy'])})",
+                                    f"share it with others first: grace secret reshare {header['key']}")  # fmt: skip
+    for role in person["roles"]:
+        if members_of(vault.roster, role) == [mine]:
+            raise ConflictError(f"{name} is the only approver with the role {role}", "add another one first: grace approver add")
+    signer = unlock(vault, choose_approver(vault, approver), passphrase_file)
+    if signer.name == name:
+        raise ConflictError("nobody removes himself", "let another approver sign: --approver NAME")
+    people = [{**other, "removed": clock(), "keeps": sorted(keeps)} if other is person else other for other in vault.roster["approvers"]]
+    change_roster(
+        vault, signer, new_roster(vault.roster, people, vault.roster["machine"], vault.id, signer.keys.fingerprint, clock()), "approver.removed", name
+    )
+    document = {"name": name, "removed": True, "can_still_open": opens}
+
+    def plain() -> None:
+        write_out(f"{name} is not an approver any more")
+        for key in opens:
+            write_out(f"  that key still opens its part of {key}, also in copies: grace secret rotate {key}")
+
+    app.show(document, plain)
+
+
+@command(
+    "approver passwd",
+    arg("name", "name", required=False),
+    opt("--new-passphrase-file", metavar="FILE", help="The new passphrase [default: asked on the terminal]."),
+    PASSPHRASE,
+)
+def approver_passwd(app: App, name: str | None, new_passphrase_file: str | None, passphrase_file: str | None) -> None:
+    """Change an approver's passphrase. Copies of the old key file still open with the old one."""
+    store, vault = open_vault(app)
+    name = choose_approver(vault, name)
+    path = os.path.join(vault.folder, f"{name}.key")
+    document = read_private(path, f"the key of {name}")
+    keys, seen_key = unlocked_keys(document, passphrase(passphrase_file, name))
+    facts = {"vault_id": vault.id, "name": name, "root": document["root"]}
+    write_private(
+        path, locked_keys(keys, seen_key, passphrase(new_passphrase_file, f"{name} from now on", new=True), facts, setting(store, "vault.argon2_memory"))
+    )
+    store.write(lambda tx: record(tx, "approver.passwd", name, {}))
+    app.show({"name": name, "changed": True}, lambda: write_out(f"the passphrase of {name} was changed"))
+
+
+@command("approver export", arg("name", "name"), opt("--out", metavar="FILE", help="Write there instead of to stdout."))
+def approver_export(app: App, name: str, out: str | None) -> None:
+    """The key file of an approver, still locked by his passphrase, and what he has seen: to carry to another machine."""
+    _, vault = open_vault(app)
+    name = choose_approver(vault, name)
+    bundle = {"format": "grace-approver/1", "key": read_private(os.path.join(vault.folder, f"{name}.key"), f"the key of {name}"),
+              "seen": read_private(os.path.join(vault.folder, f"{name}.seen"), f"the record of {name}")}  # fmt: skip
+    write_text(app, out, bundle)
+
+
+@command("approver import", arg("file", metavar="FILE"))
+def approver_import(app: App, file: str) -> None:
+    """Install what `approver export` wrote on another machine; no database is needed here."""
+    try:
+        bundle = parse_json(read_argument("-" if file == "-" else f"@{file}", MAX_JSON))
+    except ValueError as error:
+        raise UsageError(f"FILE: {error}") from None
+    parts = [bundle.get("key"), bundle.get("seen")] if isinstance(bundle, dict) and bundle.get("format") == "grace-approver/1" else [None, None]
+    if not all(isinstance(part, dict) for part in parts):
+        raise UsageError("FILE: this is no exported approver")
+    vault_id, name = str(parts[0].get("vault_id")), str(parts[0].get("name"))
+    if not re.fullmatch(r"[0-9a-f]{16}", vault_id) or not NAME.fullmatch(name) or (parts[1].get("vault_id"), parts[1].get("name")) != (vault_id, name):
+        raise UsageError("FILE: this is no exported approver")
+    folder = vault_folder(vault_id)
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    if os.path.exists(os.path.join(folder, f"{name}.key")):
+        raise ConflictError(f"the key of {name} is here already: {folder}")
+    for part, ending in zip(parts, ("key", "seen"), strict=True):
+        write_private(os.path.join(folder, f"{name}.{ending}"), part)
+    document = {"name": name, "vault_id": vault_id, "key_file": os.path.join(folder, f"{name}.key")}
+    app.show(document, lambda: write_out(f"the key of {name} is in {folder}"))
+
+
+def write_text(app: App, out: str | None, document: Row) -> None:
+    """A document for another machine: to a private file, or to stdout."""
+    if out is None:
+        write_json(document)
+        return
+    try:
+        fd = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(fd, "w") as file:
+            file.write(json.dumps(document) + "\n")
+    except OSError as error:
+        raise UsageError(f"--out: cannot write {printable(out)}: {error.strerror}") from None
+    app.show({"file": out}, lambda: write_out(f"written: {printable(out)}"))
+
+
+# ---- vault: secrets
+
+
+def parse_action_risk(text: str) -> tuple[str, str]:
+    action, separator, risk = text.partition("=")
+    if not separator or risk not in RISK_LEVELS or not NAME.fullmatch(action):
+        raise ValueError(f"{text[:60]!r} is not ACTION=RISK, such as delete=critical")
+    return action, risk
+
+
+SECRET_OPTIONS = (
+    opt("--type", kind="name", help="What it is, such as api_key or password."),
+    opt("--service", kind=Checked("text", text_of("a service", 200)), help="Whose it is, such as github or https://git.example.org/shop."),
+    opt("--risk", kind="risk", help="low, medium, high or critical [default: medium]."),
+    opt("--action-risk", kind=Checked("risk", parse_action_risk), multiple=True, metavar="ACTION=RISK", help="A higher risk for one action (repeatable)."),
+    opt("--policy", kind=Checked("policy", parse_policy), help="Who must take part: 'user:1 & governance:1', 'user:2of3', 'user:1(anna,ben)'."),
+    opt("--allow-standing", is_flag=True, default=None, help="Allow standing grants at high risk."),
+    opt("--owner", kind="name", help="The approver who seals it [default: the login name]."),
+    opt("--username", kind=Checked("text", text_of("a user name", 200)), help="The login that goes with it."),
+    opt("--expires", "expires_ms", kind="duration", help="Refuse to open it after this long."),
+    opt("--rotate-every", "rotate_every", kind="duration", help="How often it should get a new value."),
+    opt("--rotate-with", kind="name", help="The handler that makes a new value."),
+)
+VALUE_OPTIONS = (opt("--value-file", metavar="FILE", help="Where the value is [default: stdin, or a hidden prompt]."),
+                 opt("--raw", is_flag=True, help="Keep a trailing newline."))  # fmt: skip
+
+
+def read_value(source: str | None, raw: bool, passphrase_source: str | None, key: str) -> bytes:
+    """A secret's value from a file, stdin or a hidden prompt; never from an argument."""
+    if source in (None, "-") and passphrase_source == "-":
+        raise UsageError("the value and the passphrase cannot both come from stdin", "name a file for one of them")
+    if source is None and os.isatty(0):
+        import getpass
+
+        value = getpass.getpass(f"Value of {key}: ").encode(errors="surrogateescape")
+    else:
+        try:
+            with open(0 if source in (None, "-") else source, "rb", closefd=source not in (None, "-")) as file:  # type: ignore[arg-type]
+                value = file.read(MAX_SECRET + 2)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--value-file: cannot read {printable(str(source))}: {getattr(error, 'strerror', None) or error}") from None
+    value = value if raw else value.removesuffix(b"\n")
+    if not 1 <= len(value) <= MAX_SECRET:
+        raise UsageError(
+            f"a value has 1 byte to 64 KiB, not {len(value) if len(value) <= MAX_SECRET else 'more'}", "it is read from stdin, --value-file or a prompt"
+        )
+    return value
+
+
+def seal_next(vault: Vault, key: str, value: bytes, options: Row, owner: str | None, source: str | None, kind: str) -> Row:
+    """Seal a new version: low risk by the machine, anything else by an approver, whose passphrase that takes."""
+    store = vault.store
+    entry = store.one(NEWEST_VERSION, key=key)
+    with refusals(store, key, plain=False):
+        before = vault.checked(store, entry) if entry and entry["sealed"] is not None else None
+    try:
+        fields = next_header(vault.id, vault.roster, key, before, entry["version"] + 1 if entry else 1, options, clock())
+    except ValueError as error:
+        raise UsageError(f"--policy: {error}") from None
+    if fields["risk"] == "low" and vault.was_owned(store, key):
+        raise ConflictError(f"{key} was sealed by an approver before and cannot become low risk", "store it under another name")
+    if fields["risk"] == "low":
+        made = seal(vault.machine, fields, value, vault.roster)
+        stored: Row = store.write(lambda tx: store_version(tx, made, kind, None))
+    else:
+        approver = unlock(vault, choose_approver(vault, owner), source)
+        made = seal(approver.keys, fields, value, vault.roster)
+        stored = store.write(lambda tx: store_version(tx, made, kind, approver))
+        approver.learn(audit_head(store), made["header"])
+    vault.learn_head(made["header"])
+    return secret_document(vault, stored)
+
+
+def secret_document(vault: Vault, entry: Row) -> Row:
+    """A version of a secret without its value."""
+    try:
+        header, verified = vault.checked(vault.store, entry), True
+    except RefusedError:
+        header, verified = json.loads(entry["header"]), False
+    owner = (
+        "machine"
+        if header.get("owner") == fingerprint(vault.roster["machine"])
+        else (person_of(vault.roster, str(header.get("owner"))) or {"name": None})["name"]
+    )
+    return {
+        "secret_key": entry["secret_key"], "version": entry["version"], "secret_type": header.get("type"), "service": header.get("service"),
+        "username": header.get("username"), "risk_level": header.get("risk"), "action_risks": header.get("action_risks"), "owner": owner,
+        "policy": policy_text(header["policy"]) if not odd_policy(header.get("policy")) else None, "same_person": header.get("same_person"),
+        "allow_standing": header.get("allow_standing"), "verified": verified if entry["sealed"] is not None else None,
+        "rotate_reason": entry["rotate_reason"], "rotate_every_ms": header.get("rotate_every"), "rotate_with": header.get("rotate_with"),
+        "created_at": format_instant(entry["created_at"]), "expires_at": format_instant(header.get("expires")), "removed_at": format_instant(entry["removed_at"]),
+    }  # fmt: skip
+
+
+def show_secret(app: App, document: Row) -> None:
+    app.show(document, lambda: show_record(document))
+
+
+@command("secret set", arg("key", SECRET_NAME), *SECRET_OPTIONS, *VALUE_OPTIONS, PASSPHRASE)
+def secret_set(app: App, key: str, value_file: str | None, raw: bool, owner: str | None, passphrase_file: str | None, action_risk: tuple[tuple[str, str], ...],
+               expires_ms: int | None, **options: Any) -> None:  # fmt: skip
+    """Store a value under KEY, or a new version of it; what is not said again stays as it was."""
+    _, vault = open_vault(app)
+    value = read_value(value_file, raw, passphrase_file, key)
+    options.update(action_risks=dict(action_risk) or None, expires=clock() + expires_ms if expires_ms else None)
+    show_secret(app, seal_next(vault, key, value, options, owner, passphrase_file, "stored"))
+
+
+@command(
+    "secret rotate",
+    arg("key", SECRET_NAME),
+    opt("--owner", kind="name", help="The approver who seals it [default: the login name]."),
+    *VALUE_OPTIONS,
+    PASSPHRASE,
+)
+def secret_rotate(app: App, key: str, owner: str | None, value_file: str | None, raw: bool, passphrase_file: str | None) -> None:
+    """Give a secret a new value; everything else stays."""
+    store, vault = open_vault(app)
+    with refusals(store, key, plain=False):
+        vault.current(store, key)
+    show_secret(app, seal_next(vault, key, read_value(value_file, raw, passphrase_file, key), {}, owner, passphrase_file, "rotated"))
+
+
+@command("secret reshare", arg("key", SECRET_NAME), opt("--policy", kind=Checked("policy", parse_policy), help="Another policy from now on."),
+         opt("--approver", kind="name", multiple=True, help="Who opens it, the first one seals (repeatable) [default: the login name]."),
+         opt("--passphrase-file", metavar="FILE", multiple=True, help="Their passphrases, in the same order."))  # fmt: skip
+def secret_reshare(app: App, key: str, policy: list[Row] | None, approver: tuple[str, ...], passphrase_file: tuple[str, ...]) -> None:
+    """Seal the same value anew for the approvers that there are now; takes the passphrases that opening takes."""
+    store, vault = open_vault(app)
+    with refusals(store, key, plain=False):
+        entry, before = vault.current(store, key)
+        names = approver or (choose_approver(vault, None),)
+        sources = [*passphrase_file, *[None] * len(names)]
+        people = [unlock(vault, choose_approver(vault, name), source) for name, source in zip(names, sources)]  # noqa: B905 (more sources than names)
+        shares = store.all(SHARES_OF, key=key, version=before["version"])
+        parts: dict[str, dict[int, bytes]] = {}
+        for person in people:
+            for group, opened in own_shares(person.keys, entry, before, shares).items():
+                parts.setdefault(group, {}).update(opened)
+        short = [g["group"] for g in before["policy"]["all"] if len(parts.get(g["group"], {})) < g["threshold"]]
+        if short:
+            raise DeniedError(f"{key} needs more approvers of {' and '.join(short)} to be opened", "name them: --approver NAME --approver NAME")
+        value = open_value(before, bytes(entry["sealed"]), parts)
+    options = {"policy": policy or [{"group": g["group"], "threshold": g["threshold"], "of": None, "names": None} for g in before["policy"]["all"]]}
+    try:
+        fields = next_header(vault.id, vault.roster, key, before, before["version"] + 1, {} if before["risk"] == "low" else options, clock())
+    except ValueError as error:
+        raise UsageError(f"--policy: {error}") from None
+    low = before["risk"] == "low"
+    made = seal(vault.machine if low else people[0].keys, fields, value, vault.roster)
+    stored = store.write(lambda tx: store_version(tx, made, "reshared", people[0]))
+    people[0].learn(audit_head(store), made["header"])
+    vault.learn_head(made["header"])
+    show_secret(app, secret_document(vault, stored))
+
+
+@command("secret list")
+def secret_list(app: App) -> None:
+    """All secrets, without their values."""
+    store, vault = open_vault(app)
+    documents = [secret_document(vault, entry) for entry in store.all(CURRENT_SECRETS)]
+    rows = [(d["secret_key"], str(d["version"]), d["risk_level"] or "-", printable(d["service"] or "-"), d["policy"] or "-", "" if d["verified"] else "DOES NOT VERIFY")
+            for d in documents]  # fmt: skip
+    app.show(documents, lambda: show_table(("KEY", "VERSION", "RISK", "SERVICE", "POLICY", ""), rows, "no secrets; store one: grace secret set KEY"))
+
+
+def entry_of(store: Store, key: str) -> Row:
+    entry = store.one(NEWEST_VERSION, key=key)
+    if entry is None:
+        raise NotFoundError(f"there is no secret {key!r}", nearest_hint(key, [row["secret_key"] for row in store.all(CURRENT_SECRETS)], "grace secret list"))
+    return entry
+
+
+@command("secret show", arg("key", SECRET_NAME))
+def secret_show(app: App, key: str) -> None:
+    """One secret, without its value."""
+    store, vault = open_vault(app)
+    show_secret(app, secret_document(vault, entry_of(store, key)))
+
+
+@command("secret history", arg("key", SECRET_NAME))
+def secret_history(app: App, key: str) -> None:
+    """The versions of a secret, and who has held each."""
+    store, vault = open_vault(app)
+    entry_of(store, key)
+    used = [
+        consent_document(store, row)
+        for row in store.all("SELECT * FROM secret_consent_records WHERE secret_key = :key AND used_count > 0 ORDER BY seq", key=key)
+    ]
+    documents = [{**secret_document(vault, entry), "held_by": [{name: doc[name] for name in ("consent_id", "requested_by", "requested_action", "requested_for", "used_at")}
+                  for doc in used if doc["secret_version"] == entry["version"]]} for entry in store.all(VERSIONS_OF, key=key)]  # fmt: skip
+
+    def plain() -> None:
+        for d in documents:
+            write_out(
+                f"version {d['version']}  {d['created_at']}  sealed by {d['owner'] or '?'}" + (f"  gone since {d['removed_at']}" if d["removed_at"] else "")
+            )
+            for use in d["held_by"]:
+                write_out(f"  {use['used_at']}  {printable(use['requested_by'])}  {printable(use['requested_action'])}: {printable(use['requested_for'])}")
+
+    app.show(documents, plain)
+
+
+@command("secret remove", arg("key", SECRET_NAME))
+def secret_remove(app: App, key: str) -> None:
+    """Drop a secret's value for good; its history stays."""
+    store, vault = open_vault(app)
+    stored = store.write(lambda tx: remove_secret(tx, key))
+    app.show(secret_document(vault, stored), lambda: write_out(f"{key} was removed; whoever has been given it still has it"))
+
+
+# ---- vault: asking for secrets and using them
+
+
+ASK_OPTIONS = (
+    opt("--by", kind=Checked("name", text_of("a requester", 128)), help="Who asks [default: PROGRAM@LOGIN of the caller]."),
+    opt("--user", kind="name", help="The approver who is to answer."),
+    opt("--risk", kind="risk", help="A higher risk than the secret's own."),
+    opt("--context", kind="object", default="{}", metavar="JSON", help="An object for whoever answers: JSON, @FILE, or - for stdin."),
+    opt("--timeout", "timeout_ms", kind="duration", default="5m", show_default=True, help="How long the question stands."),
+)
+USE_OPTIONS = (
+    opt("--action", kind=Checked("name", lambda text: named("an action", text)), required=True, help="What is to be done with it, in one word."),
+    opt("--for", "purpose", kind=Checked("text", text_of("a purpose", 2000)), required=True, help="Why, in a sentence for the person who answers."),
+    *ASK_OPTIONS,
+)
+
+
+def ask_spec(key: str, action: str, purpose: str, by: str | None, user: str | None, risk: str | None, context: str, timeout_ms: int, mode: str = "once",
+             hidden: bool = False, task: str | None = None) -> Row:  # fmt: skip
+    """What Asking takes, from the options of a command."""
+    login = login_name()
+    by = by or f"{program_name(os.getppid())}@{login}"[:128]
+    return {"key": key, "action": action, "purpose": purpose, "by": by, "user": user, "risk": risk, "context": context, "timeout_ms": timeout_ms,
+            "mode": mode, "hidden": hidden, "login": login, "reported": reported_facts(task)}  # fmt: skip
+
+
+def ask_for(vault: Vault, spec: Row) -> Asking:
+    with refusals(vault.store, spec["key"], plain=True):
+        return Asking(vault, spec)
+
+
+def await_answers(store: Store, ids: list[str], say: Callable[[str], None] = lambda text: None) -> list[Row]:
+    """Wait until each of these consents is answered or over; their rows. Interrupted, the open ones are withdrawn."""
+    bell = Bell(store)
+    try:
+        while True:
+            store.write(expire_consents, durable=False, knock=False) if any_over(store, ids) else None
+            rows = [get_consent(store, consent_id) for consent_id in ids]
+            if all(row["consent_status"] != "pending" for row in rows):
+                return rows
+            bell.wait((min(row["expires_at"] for row in rows if row["consent_status"] == "pending") - clock()) / 1000)
+    except KeyboardInterrupt:
+        withdraw_open(store, ids)
+        raise
+    finally:
+        bell.close()
+
+
+def any_over(store: Store, ids: list[str]) -> bool:
+    now = clock()
+    return any(row["consent_status"] == "pending" and row["expires_at"] <= now for row in (get_consent(store, consent_id) for consent_id in ids))
+
+
+def withdraw_open(store: Store, ids: list[str]) -> None:
+    for consent_id in ids:
+        with contextlib.suppress(GraceError):
+            store.write(lambda tx, consent_id=consent_id: withdraw(tx, consent_id))  # type: ignore[misc]
+
+
+def announce(app: App, asking: Asking) -> None:
+    """Tell the person at the requester's side which request to look for."""
+    if not app.json:
+        code = code_of(hash_of("request", asking.request))
+        sys.stderr.write(f"grace: waiting for consent, code {code}; to answer: grace consent approve {asking.consent_id}\n")
+
+
+def obtain(app: App, vault: Vault, specs: list[Row]) -> list[tuple[Asking, bytes]]:
+    """Ask for several secrets at once, wait for all answers, open them all; whatever is open is withdrawn when one fails."""
+    askings: list[Asking] = []
+    try:
+        for spec in specs:
+            askings.append(ask_for(vault, spec))
+        waiting = [asking for asking in askings if asking.risk != "low"]
+        for asking in waiting:
+            announce(app, asking)
+        for row in await_answers(vault.store, [asking.consent_id for asking in waiting]) if waiting else []:
+            refuse_closed(row)
+        return [(asking, asking.value()) for asking in askings]
+    except GraceError:
+        withdraw_open(vault.store, [asking.consent_id for asking in askings])
+        raise
+
+
+@command("secret get", arg("key", SECRET_NAME), *USE_OPTIONS, opt("--no-wait", is_flag=True, help="File the request and go (exit 75); collect it later with --consent."),
+         opt("--consent", kind="id", help="Collect what this consent was approved for."), opt("--reveal", is_flag=True, help="Show the value on a terminal, or inside --json."))  # fmt: skip
+def secret_get(app: App, key: str, no_wait: bool, consent: str | None, reveal: bool, **options: Any) -> int | None:
+    """Ask for consent where it is needed, wait for it, and write the value to stdout."""
+    if not reveal and not no_wait and (app.json or on_terminal()):
+        raise UsageError("a value is shown on a terminal or inside --json only with --reveal")
+    if consent is not None and no_wait:
+        raise UsageError("--consent and --no-wait exclude each other")
+    spec = ask_spec(key, mode="collect" if no_wait else "once", hidden=(app.json or on_terminal()) and not reveal, **options)
+    store, vault = open_vault(app)
+    if consent is not None:
+        row = collected(store, consent, key, options["action"], options["timeout_ms"])
+        show_value(app, store, row["consent_id"], redeem(vault, row["consent_id"], None, None))
+        return None
+    if not no_wait:
+        asking, value = obtain(app, vault, [spec])[0]
+        show_value(app, store, asking.consent_id, value)
+        return None
+    asking = ask_for(vault, spec)
+    if asking.risk == "low":
+        show_value(app, store, asking.consent_id, asking.value())
+        return None
+    show_consent(app, store, get_consent(store, asking.consent_id))
+    return 75
+
+
+def collected(store: Store, consent: str, key: str, action: str, timeout_ms: int) -> Row:
+    """The approved consent that is to be collected, waited for if need be; it must be for this secret and action."""
+    store.write(expire_consents)
+    row = get_consent(store, consent)
+    if (row["secret_key"], request_of(row["request"])["claimed"]["action"]) != (key, action):
+        raise ConflictError(f"{row['consent_id']} is for another secret or action")
+    if row["mode"] != "collect" and row["consent_status"] in ("pending", "approved"):
+        raise DeniedError(f"only the process that asked for {row['consent_id']} can use it")
+    if row["consent_status"] == "pending":
+        row = await_answer(store, row["consent_id"], timeout_ms)
+    refuse_closed(row)
+    return row
+
+
+def show_value(app: App, store: Store, consent_id: str, value: bytes) -> None:
+    if not app.json:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(value)
+        sys.stdout.buffer.flush()
+        return
+    document = consent_document(store, get_consent(store, consent_id))
+    try:
+        write_json({**document, "value": value.decode()})
+    except UnicodeDecodeError:
+        write_json({**document, "value": None, "value_base64": b64(value)})
+
+
+def parse_secret_use(text: str) -> tuple[str, str, str]:
+    variable, _, rest = text.partition("=")
+    key, _, action = rest.partition(":")
+    if (
+        not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable)
+        or variable.startswith("GRACE_")
+        or not SECRET_KEY.fullmatch(key)
+        or not NAME.fullmatch(action or "use")
+    ):
+        raise ValueError(f"{text[:80]!r} is not ENV=KEY or ENV=KEY:ACTION")
+    return variable, key, action or "use"
+
+
+SECRET_USE = opt(
+    "--secret", "secrets", kind=Checked("secret", parse_secret_use), multiple=True, metavar="ENV=KEY[:ACTION]", help="A secret for the command (repeatable)."
+)
+
+
+@command("exec", opt("--secret", "secrets", kind=Checked("secret", parse_secret_use), multiple=True, required=True, metavar="ENV=KEY[:ACTION]",
+                     help="A secret for the command (repeatable)."),
+         opt("--via", kind=Checked("way", one_of(("env", "fd", "stdin", "file"))), default="env", show_default=True, help="env: the value; fd: a descriptor's number; file: a path; stdin."),
+         opt("--for", "purpose", kind=Checked("text", text_of("a purpose", 2000)), help="Why [default: the command]."), *ASK_OPTIONS,
+         arg("cmd", nargs=-1, required=True, metavar="CMD ARGS…"))  # fmt: skip
+def exec_command(app: App, cmd: tuple[str, ...], secrets: tuple[tuple[str, str, str], ...], via: str, purpose: str | None, **options: Any) -> int | None:
+    """Run CMD with secrets, after consent; ends with its exit status.
+
+    Other programs of the same user can read a process's environment: --via fd, stdin or file keep the value out of it."""
+    if via == "stdin" and len(secrets) != 1:
+        raise UsageError("--via stdin hands over one secret")
+    purpose = purpose or "run " + printable(" ".join(os.fsencode(word).decode(errors="backslashreplace") for word in cmd))[:500]
+    specs = [ask_spec(key, action, purpose, **options) for _, key, action in secrets]
+    before = harden()
+    try:
+        program = find_program(cmd[0], os.environ.get("PATH", os.defpath))
+        store, vault = open_vault(app)
+        obtained = obtain(app, vault, specs)
+        environment = dict(os.environ)
+        actions = hand_over({variable: value for (variable, _, _), (_, value) in zip(secrets, obtained, strict=True)}, via, environment)
+    except SpawnError as error:
+        report(GraceError(str(error)), app.json)
+        return error.exit_status
+    except GraceError as error:
+        report(error, app.json)
+        return 125
+    soften(before)
+    for signum in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(signum, signal.SIG_DFL)
+    if app.json:
+        status = run_beside(program, cmd, environment, actions)
+        write_json({"command": list(cmd), "exit_status": status, "consents": [consent_document(store, get_consent(store, a.consent_id)) for a, _ in obtained]})
+        return status
+    if actions:
+        os.dup2(actions[0], 0)
+    sys.stderr.flush()
+    try:
+        os.execve(program, list(cmd), environment)
+    except OSError as error:
+        report(GraceError(f"{cmd[0]!r} cannot be executed: {error.strerror}"), app.json)
+        return 126
+
+
+def hand_over(values: dict[str, bytes], via: str, environment: dict[str, str]) -> list[int]:
+    """Put the values where the command finds them; the descriptor that is to become its stdin, if any."""
+    if via == "env":
+        for name, value in values.items():
+            if b"\0" in value:
+                raise UsageError(f"the value for {name} holds a NUL byte, which no environment can", "hand it over with --via fd, stdin or file")
+            environment[name] = os.fsdecode(value)
+        return []
+    if not hasattr(os, "memfd_create"):
+        raise UsageError(f"--via {via} needs files in memory, which this system does not have", "use --via env")
+    for name, value in values.items():
+        fd = os.memfd_create("grace-secret", 0)
+        os.write(fd, value)
+        os.lseek(fd, 0, os.SEEK_SET)
+        if via == "stdin":
+            return [fd]
+        environment[name] = str(fd) if via == "fd" else f"/proc/self/fd/{fd}"
+    return []
+
+
+def run_beside(program: str, cmd: tuple[str, ...], environment: dict[str, str], stdin: list[int]) -> int:
+    """Run a command with its stdout on our stderr, so that ours holds one document; its exit status as a shell gives it."""
+    actions = [(os.POSIX_SPAWN_DUP2, 2, 1), *((os.POSIX_SPAWN_DUP2, fd, 0) for fd in stdin)]
+    pid = os.posix_spawn(program, list(cmd), environment, file_actions=actions)
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, lambda number, frame: send(pid, number))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the command as well
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return code if code >= 0 else 128 - code
+
+
+# ---- consent
+
+
+def show_consent(app: App, store: Store, row: Row) -> None:
+    document = consent_document(store, row)
+    app.show(
+        document,
+        lambda: write_out(
+            f"{document['consent_id']}  {document['consent_status']}  {document['risk_level']}  {document['secret_key']}  code {document['code']}"
+        ),
+    )
+
+
+def show_consents(app: App, store: Store, rows: list[Row], empty: str) -> None:
+    documents = [consent_document(store, row) for row in rows]
+    lines = [(d["consent_id"], d["consent_status"], d["risk_level"], d["secret_key"], printable(d["requested_by"]), printable(d["requested_action"]),
+              printable(d["requested_for"])) for d in documents]  # fmt: skip
+    app.show(documents, lambda: show_table(("ID", "STATUS", "RISK", "SECRET", "BY", "ACTION", "FOR"), lines, empty))
+
+
+def consent_store(app: App) -> Store:
+    """The store of a database that has a vault, with what is over ended."""
+    store = app.store()
+    if not store.value(GET_VAULT):
+        raise LockedError("there is no vault yet", "make one: grace init")
+    if store.one(PENDING) or store.one(CONSENTS_OVER, now=clock()):
+        store.write(expire_consents)
+    return store
+
+
+@command("consent request", arg("key", SECRET_NAME), *USE_OPTIONS)
+def consent_request(app: App, key: str, **options: Any) -> None:
+    """File a request that is collected later: secret get KEY --consent ID."""
+    spec = ask_spec(key, mode="collect", hidden=False, **options)
+    store, vault = open_vault(app)
+    show_consent(app, store, get_consent(store, ask_for(vault, spec).consent_id))
+
+
+@command("consent pending")
+def consent_pending(app: App) -> None:
+    """The requests that can still be answered."""
+    store = consent_store(app)
+    show_consents(app, store, store.all(PENDING), "nobody is waiting for an answer")
+
+
+@command("consent show", arg("id", "id"))
+def consent_show(app: App, id: str) -> None:
+    """One consent: what was asked, by whom, and what became of it."""
+    store = consent_store(app)
+    document = consent_document(store, get_consent(store, id))
+    app.show(document, lambda: show_record(document))
+
+
+@command("consent history", opt("--secret", "key", kind=SECRET_NAME, help="Only of this secret."), opt("--status", kind=Checked("status", one_of(CONSENT_STATUS)), help="Only in this status."),
+         opt("--limit", kind="limit", default="50", show_default=True, help="At most so many, newest first."))  # fmt: skip
+def consent_history(app: App, key: str | None, status: str | None, limit: int) -> None:
+    """All consents, newest first."""
+    store = consent_store(app)
+    rows = store.all("""SELECT * FROM secret_consent_records WHERE (CAST(:key AS TEXT) IS NULL OR secret_key = :key)
+      AND (CAST(:status AS TEXT) IS NULL OR consent_status = :status) ORDER BY seq DESC LIMIT :n""", key=key, status=status, n=limit)  # fmt: skip
+    show_consents(app, store, rows, "nobody has asked for anything yet")
+
+
+@command("consent stats")
+def consent_stats(app: App) -> None:
+    """How many were asked and answered, by whom, and how long answers took."""
+    store = consent_store(app)
+    rows = store.all("SELECT * FROM secret_consent_records ORDER BY seq")
+    answers = sorted(
+        (row["approved_at"] or row["denied_at"]) - row["requested_at"]
+        for row in rows
+        if row["approval_method"] != "auto" and (row["approved_at"] or row["denied_at"])
+    )
+    requests = [request_of(row["request"]) for row in rows]
+
+    def tally(values: Iterable[str]) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for value in values:
+            counts[value] = counts.get(value, 0) + 1
+        return dict(sorted(counts.items()))
+
+    document = {"total": len(rows), "by_status": {**dict.fromkeys(CONSENT_STATUS, 0), **tally(row["consent_status"] for row in rows)},
+                "by_risk": {**dict.fromkeys(RISK_LEVELS, 0), **tally(request["risk"] for request in requests)}, "automatic": sum(row["approval_method"] == "auto" for row in rows),
+                "by_secret": tally(row["secret_key"] for row in rows), "by_requester": tally(request["claimed"]["by"] for request in requests),
+                "median_answer_ms": answers[len(answers) // 2] if answers else None, "slowest_answer_ms": answers[-1] if answers else None}  # fmt: skip
+    app.show(document, lambda: show_record(document))
+
+
+def ask_person(question: str, until_ms: int) -> str:
+    """A line typed on the terminal; what was typed ahead is thrown away, and no answer in time is an empty one."""
+    import select
+    import termios
+
+    fd = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
+    try:
+        termios.tcflush(fd, termios.TCIFLUSH)
+        os.write(fd, question.encode())
+        ready, _, _ = select.select([fd], [], [], max(0.0, (until_ms - clock()) / 1000))
+        return os.read(fd, 1000).decode(errors="replace").strip() if ready else ""
+    finally:
+        os.close(fd)
+
+
+def confirmed(review: Review, code: str | None, source: str | None) -> None:
+    """The person's yes: the code where one was given, or at high and critical risk; otherwise a word. DeniedError for anything else."""
+    if code is not None:
+        if not same_code(code, review.code):
+            raise DeniedError("the code is not the one of this request", "compare it with what the requester shows; nothing was approved")
+        return
+    if not has_terminal():
+        return  # the command itself, with a passphrase file, is the answer
+    until = review.request["answer_by"]
+    if review.risk in ("high", "critical"):
+        if not same_code(ask_person("Type the code that the requester shows, to approve: ", until), review.code):
+            raise DeniedError("that is not the code; nothing was approved")
+    elif source is None and ask_person("Type yes to approve: ", until).lower() != "yes":
+        raise DeniedError("nothing was approved")
+
+
+def default_approver(vault: Vault, row: Row, name: str | None, group: str | None) -> str:
+    """Who answers: as named, else the one whom the request names, else whoever acts here."""
+    wanted = request_of(row["request"])["user"]
+    person = person_of(vault.roster, wanted) if wanted and group in (None, "user") else None
+    if name is None and person and os.path.exists(os.path.join(vault.folder, f"{person['name']}.key")):
+        return str(person["name"])
+    if name is None and group is not None:
+        here = [p["name"] for p in active(vault.roster) if group in p["roles"] and os.path.exists(os.path.join(vault.folder, f"{p['name']}.key"))]
+        name = here[0] if len(here) == 1 else None
+    return choose_approver(vault, name)
+
+
+def judge(vault: Vault, approver: Approver, row: Row, elsewhere: bool = False) -> tuple[Review, Row]:
+    """A pending request as this approver may trust it, and what this machine sees of its process."""
+    with refusals(vault.store, row["consent_id"], plain=False):
+        case = vault.store.write(lambda tx: build_case(tx, row["consent_id"], approver.name))
+        review = Review(approver, case, clock())
+    return review, observe(review.request["reported"], os.geteuid())
+
+
+def twins(store: Store, row: Row) -> list[Row]:
+    """Pending requests that ask the same in the same words, for the same program."""
+    mine = request_of(row["request"])
+    same = [other for other in store.all(PENDING) if other["requester"] == row["requester"] and other["secret_version"] == row["secret_version"]]
+    found = [other for other in same if other["secret_key"] == row["secret_key"] and other["consent_id"] != row["consent_id"]]
+    return [other for other in found if all(request_of(other["request"])[name] == mine[name] for name in ("claimed", "risk", "mode", "user"))]
+
+
+def sign_and_record(vault: Vault, review: Review, groups: list[str], seen: Row, note: str | None, source: str | None) -> Row:
+    """Sign for each group, with the passphrase once more for each further one, and record the grants."""
+    name, signed = review.approver.name, []
+    for number, group in enumerate(groups):
+        if number and source != "-":
+            unlock(vault, name, source)
+        signed.append(review.sign(group, clock()))
+    observed = {**seen, "approver": name, **({"note": note} if note else {})}
+    with refusals(vault.store, review.case["consent_id"], plain=False):
+        row: Row = vault.store.write(lambda tx: record_grants(tx, vault, review.case["consent_id"], signed, observed))
+    review.learn()
+    vault.learn_head(review.header)
+    return row
+
+
+@command("consent approve", arg("id", "id", required=False), opt("--as", "group", kind=Checked("group", one_of(ROLES)), help="Sign for this group: user or governance."),
+         opt("--once", is_flag=True, help="For this one use (the default, and the only way so far)."), opt("--code", kind=Checked("code", text_of("a code", 40)), help="The code that the requester shows."),
+         opt("--note", kind="note", help="A remark for the record."), opt("--in", "in_file", metavar="FILE", help="A request that was exported on another machine; - for stdin."),
+         opt("--out", metavar="FILE", help="Where the approval goes [default: stdout]."), SIGNER, PASSPHRASE)  # fmt: skip
+def consent_approve(app: App, id: str | None, group: str | None, once: bool, code: str | None, note: str | None, in_file: str | None, out: str | None,
+                    approver: str | None, passphrase_file: str | None) -> None:  # fmt: skip
+    """Say yes to a request, with the key that only your passphrase unlocks."""
+    if (id is None) == (in_file is None):
+        raise UsageError("name a consent's ID, or --in FILE")
+    if in_file is not None:
+        approve_elsewhere(app, in_file, out, group, code, approver, passphrase_file)
+        return
+    store, vault = open_vault(app)
+    store.write(expire_consents)
+    row = still_pending(get_consent(store, str(id)), clock())
+    person = unlock(vault, default_approver(vault, row, approver, group), passphrase_file)
+    review, seen = judge(vault, person, row)
+    groups = review.groups(group)
+    same = twins(store, row) if review.risk == "medium" else []
+    show_prompt(review, seen, False, len(same))
+    confirmed(review, code, passphrase_file)
+    done = sign_and_record(vault, review, groups, seen, note, passphrase_file)
+    for twin in same:
+        with contextlib.suppress(ConflictError):
+            again, seen = judge(vault, person, twin)
+            sign_and_record(vault, again, again.groups(group), seen, note, passphrase_file)
+    show_consent(app, store, done)
+
+
+def show_prompt(review: Review, seen: Row, elsewhere: bool, same: int = 0) -> None:
+    lines = prompt_lines(review, seen, elsewhere) + ([f"AND {counted(same, 'identical request')}, answered with this one"] if same else [])
+    sys.stderr.write("\n".join(lines) + "\n")
+    sys.stderr.flush()
+
+
+def approve_elsewhere(app: App, source: str, out: str | None, group: str | None, code: str | None, name: str | None, passphrase_source: str | None) -> None:
+    """Approve an exported request with nothing but the own key file; the approval is a text to be imported."""
+    if source == "-" and passphrase_source == "-":
+        raise UsageError("the request and the passphrase cannot both come from stdin")
+    try:
+        case = parse_case(read_argument("-" if source == "-" else f"@{source}", MAX_JSON))
+    except ValueError as error:
+        raise UsageError(f"--in: {error}") from None
+    harden()
+    folder = vault_folder(str(re.sub(r"[^0-9a-f]", "", str(request_of(case["request"])["vault_id"]))))
+    here = sorted(file.removesuffix(".key") for file in os.listdir(folder) if file.endswith(".key") and file != "machine.key") if os.path.isdir(folder) else []
+    if name is None and len(here) != 1:
+        raise UsageError(
+            "which approver?" if here else "no key of this vault is on this machine",
+            "name one with --approver" if here else "install it: grace approver import FILE",
+        )
+    who = name or here[0]
+    person = Approver(who, folder, os.path.basename(folder), passphrase(passphrase_source, who))
+    review = Review(person, case, clock())
+    groups = review.groups(group)
+    show_prompt(review, {}, True)
+    confirmed(review, code, passphrase_source)
+    signed = [review.sign(one, clock()) for one in groups]
+    review.learn()
+    write_text(app, out, {"format": "grace-approval/1", "consent_id": case["consent_id"], "approver": who, "grants": signed})
+
+
+@command("consent export", arg("id", "id"), opt("--out", metavar="FILE", help="Write there instead of to stdout."))
+def consent_export(app: App, id: str, out: str | None) -> None:
+    """A pending request as text, for an approver on another machine."""
+    store = consent_store(app)
+    row = still_pending(get_consent(store, id), clock())
+    write_text(app, out, store.write(lambda tx: build_case(tx, row["consent_id"], "export")))
+
+
+@command("consent import", arg("file", metavar="FILE"))
+def consent_import(app: App, file: str) -> None:
+    """Take in an approval that was made on another machine."""
+    store, vault = open_vault(app)
+    try:
+        block = parse_json(read_argument("-" if file == "-" else f"@{file}", MAX_JSON))
+    except ValueError as error:
+        raise UsageError(f"FILE: {error}") from None
+    with refusals(store, "import", plain=False):
+        shaped(block, {"format": TEXT, "consent_id": TEXT, "approver": TEXT, "grants": (list,)}, "this text")
+        signed = [shaped(item, SIGNED_SHAPE, "this text") for item in block["grants"]]
+        if block["format"] != "grace-approval/1" or not signed:
+            raise RefusedError("this is no approval")
+        row = get_consent(store, block["consent_id"])
+        done = store.write(
+            lambda tx: record_grants(
+                tx, vault, row["consent_id"], signed, {"elsewhere": True, "approver": block["approver"], "requester_is_approver_uid": None}
+            )
+        )
+    vault.learn_head()
+    show_consent(app, store, done)
+
+
+REASON = opt("--reason", kind="note", required=True, help="Why, for whoever asked.")
+
+
+@command("consent deny", arg("id", "id"), REASON)
+def consent_deny(app: App, id: str, reason: str) -> None:
+    """Say no. It takes no passphrase, and is final."""
+    store = consent_store(app)
+    show_consent(app, store, store.write(lambda tx: deny(tx, id, reason)))
+
+
+@command("consent withdraw", arg("id", "id"))
+def consent_withdraw(app: App, id: str) -> None:
+    """Take back a request of your own that nobody has answered."""
+    store = consent_store(app)
+    show_consent(app, store, store.write(lambda tx: withdraw(tx, id)))
+
+
+@command("consent revoke", arg("id", "id", required=False), opt("--secret", "key", kind=SECRET_NAME, help="All that is open for this secret."),
+         opt("--action", kind="name", help="Of it only this action."), REASON)  # fmt: skip
+def consent_revoke(app: App, id: str | None, key: str | None, action: str | None, reason: str) -> None:
+    """Take back what was approved and not used yet. It takes no passphrase, and is final."""
+    if (id is None) == (key is None) or (action is not None and key is None):
+        raise UsageError("name a consent's ID, or --secret KEY with or without --action")
+    store = consent_store(app)
+    if id is not None:
+        show_consent(app, store, store.write(lambda tx: revoke(tx, id, reason)))
+    else:
+        show_consents(app, store, store.write(lambda tx: revoke_all(tx, str(key), action, reason)), "nothing was open for it")
+
+
+def await_answer(store: Store, consent_id: str, timeout_ms: int | None) -> Row:
+    """Wait for an answer to a request of anybody, at most so long; the row, perhaps still pending."""
+    deadline = clock() + timeout_ms if timeout_ms is not None else None
+    bell = Bell(store)
+    try:
+        while True:
+            if any_over(store, [consent_id]):
+                store.write(expire_consents)
+            row = get_consent(store, consent_id)
+            if row["consent_status"] != "pending" or (deadline is not None and clock() >= deadline):
+                return row
+            bell.wait((min(row["expires_at"], deadline or row["expires_at"]) - clock()) / 1000)
+    finally:
+        bell.close()
+
+
+@command("consent wait", arg("id", "id"), opt("--timeout", "timeout_ms", kind="duration", help="Wait at most so long (exit 6)."))
+def consent_wait(app: App, id: str, timeout_ms: int | None) -> int:
+    """Wait for the answer: 0 approved or used, 5 denied or revoked, 6 unanswered."""
+    store = consent_store(app)
+    row = await_answer(store, get_consent(store, id)["consent_id"], timeout_ms)
+    if row["consent_status"] in ("denied", "revoked"):
+        refuse_closed(row)
+    show_consent(app, store, row)
+    return 0 if row["consent_status"] in ("approved", "used") else WaitTimeoutError.exit_code
+
+
+@command("consent watch", SIGNER, PASSPHRASE)
+def consent_watch(app: App, approver: str | None, passphrase_file: str | None) -> None:
+    """Each request as it comes: approve, deny, skip or quit. With --json: one object for each, and no questions."""
+    store, vault = open_vault(app)
+    if not app.json and not has_terminal():
+        raise LockedError("there is no terminal to ask on", "answer with: grace consent approve ID")
+    name = choose_approver(vault, approver)
+    watch = Watch(app, store, vault, name, passphrase_file)
+    bell = Bell(store)
+    try:
+        while watch.look():
+            bell.wait(1.0)
+    finally:
+        bell.close()
+
+
+UNLOCKED_FOR = 10 * MINUTE
+
+
+class Watch:
+    """A person who answers requests as they come. One unlock serves low and medium risk for ten minutes."""
+
+    def __init__(self, app: App, store: Store, vault: Vault, name: str, source: str | None):
+        self.app, self.store, self.vault, self.name, self.source = app, store, vault, name, source
+        self.done: set[str] = set()
+        self.person: Approver | None = None
+        self.until = 0
+
+    def look(self) -> bool:
+        """Go through what is new; whether to go on."""
+        if self.store.one(PENDING):
+            self.store.write(expire_consents)
+        for row in self.store.all(PENDING):
+            if row["consent_id"] not in self.done:
+                self.done.add(row["consent_id"])
+                if self.app.json:
+                    self.app.show(consent_document(self.store, row), lambda: None)
+                    sys.stdout.flush()
+                elif not self._answer(row):
+                    return False
+        return True
+
+    def _unlocked(self, risk: str) -> Approver:
+        fresh = risk in ("high", "critical") or self.person is None or clock() >= self.until
+        if fresh or self.person is None:
+            self.person, self.until = unlock(self.vault, self.name, self.source), clock() + UNLOCKED_FOR
+        return self.person
+
+    def _answer(self, row: Row) -> bool:
+        try:
+            review, seen = judge(self.vault, self._unlocked(request_of(row["request"])["risk"]), row)
+            group = None
+            show_prompt(review, seen, False)
+            word = ask_person("[a]pprove, [d]eny, [s]kip, [q]uit: ", review.request["answer_by"]).lower()
+            if word in ("a", "approve"):
+                if review.risk in ("high", "critical"):
+                    confirmed(review, None, self.source)
+                    group = next(iter(missing_groups(review.header, review.request, review.grants)), None)
+                done = sign_and_record(self.vault, review, review.groups(group), seen, None, self.source)
+                if done["consent_status"] == "pending":
+                    self.done.discard(row["consent_id"])  # another signature is missing, perhaps from the same person
+                write_out(f"{row['consent_id']}  {done['consent_status']}")
+            elif word in ("d", "deny"):
+                reason = ask_person("Why not? ", review.request["answer_by"]) or "denied"
+                self.store.write(lambda tx: deny(tx, row["consent_id"], reason[:2000]))
+                write_out(f"{row['consent_id']}  denied")
+            return word not in ("q", "quit")
+        except (DeniedError, ConflictError, NotFoundError, UsageError) as error:
+            report(error, False)
+            return True
+
+
+# ---- audit
+
+
+@command("audit list", opt("--limit", kind="limit", default="50", show_default=True, help="The newest so many."))
+def audit_list(app: App, limit: int) -> None:
+    """What happened to the vault, in order."""
+    store = consent_store(app)
+    documents = [leaf_document(row) for row in store.all(LEAVES_NEWEST, n=limit)[::-1]]
+    rows = [
+        (str(d["seq"]), d["at"], d["kind"], printable(d["subject"]), printable(", ".join(f"{k}={v}" for k, v in d["facts"].items() if v is not None)))
+        for d in documents
+    ]
+    app.show(documents, lambda: show_table(("SEQ", "AT", "WHAT", "ABOUT", "FACTS"), rows, "nothing yet"))
+
+
+def signed_heads(store: Store) -> Iterator[Row]:
+    """What approvers have signed of the log: size, head, fingerprint, and the bytes and signature to check."""
+    for row in store.all(ALL_ANCHORS):
+        document = json.loads(row["document"])
+        yield {
+            "size": document["size"],
+            "head": document["head"],
+            "approver": document["approver"],
+            "text": statement("anchor", document),
+            "signature": bytes(row["signature"]),
+        }
+    for row in store.all(ALL_GRANTS):
+        grant = grant_of(row["document"])
+        yield {"size": grant["size"], "head": grant["head"], "approver": grant["approver"], "text": statement("grant-signature", [grant, row["wrap_hash"]]),
+               "signature": bytes(row["signature"])}  # fmt: skip
+
+
+def verify_log(store: Store, vault: Vault | None, roster: Row, pins: dict[str, tuple[int, str]]) -> Row:
+    """Every leaf against the one before it, and the chain against what was signed or seen; the findings in words."""
+    findings, size, head, hashes = [], 0, NO_HEAD[1], {}
+    for row in all_leaves(store):
+        if problem := odd_leaf(row, size, head):
+            findings.append(problem)
+        size, head = row["seq"], row["hash"]
+        hashes[size] = head
+    anchored = 0
+    people = {fingerprint(person): person for person in roster["approvers"]}
+    for signed in signed_heads(store):
+        person = people.get(signed["approver"])
+        if person is None or not signed_by(person, signed["signature"], signed["text"]):
+            findings.append(f"the signature under size {signed['size']} does not hold")
+        elif hashes.get(signed["size"]) != signed["head"]:
+            findings.append(f"the log was cut or rewritten: {person['name']} has signed another leaf {signed['size']}")
+        else:
+            anchored = max(anchored, signed["size"])
+    for name, (seen_size, seen_head) in pins.items():
+        if seen_size and hashes.get(seen_size) != seen_head:
+            findings.append(f"the log was cut or rewritten: {name} has seen another leaf {seen_size}")
+        else:
+            anchored = max(anchored, seen_size)
+    return {"ok": not findings, "size": size, "head": head, "anchored": anchored, "checked_against": ["signed grants and anchors", *pins], "findings": findings}
+
+
+@command("audit verify", SIGNER, PASSPHRASE)
+def audit_verify(app: App, approver: str | None, passphrase_file: str | None) -> int:
+    """Check the whole log against itself, what approvers have signed, and what this machine has seen."""
+    store = consent_store(app)
+    vault = Vault(store)
+    pins = {"this machine": vault.seen.audit}
+    if passphrase_file is not None:
+        name = choose_approver(vault, approver)
+        harden()
+        pins[name] = Approver(name, vault.folder, vault.id, passphrase(passphrase_file, name)).seen.audit
+    done = verify_log(store, vault, vault.roster, pins)
+
+    def plain() -> None:
+        for finding in done["findings"]:
+            write_out(finding)
+        write_out(f"{counted(done['size'], 'leaf').replace('leafs', 'leaves')}, anchored {done['anchored']} of {done['size']}, checked against {', '.join(done['checked_against'])}"
+                  + ("" if done["findings"] else ": all in order"))  # fmt: skip
+
+    app.show(done, plain)
+    return 0 if done["ok"] else 1
+
+
+@command("audit export")
+def audit_export(app: App) -> None:
+    """The log as JSON lines, with what was signed of it and the public keys: for verifiers that are not grace."""
+    store = consent_store(app)
+    roster = newest_roster(store)
+    for person in roster["approvers"]:
+        write_json({"type": "approver", "name": person["name"], "fingerprint": fingerprint(person), "sign": person["sign"]})
+    for row in all_leaves(store):
+        write_json({"type": "leaf", "seq": row["seq"], "leaf": row["leaf"], "hash": row["hash"]})
+    for signed in signed_heads(store):
+        write_json(
+            {
+                "type": "signed",
+                "size": signed["size"],
+                "head": signed["head"],
+                "approver": signed["approver"],
+                "text": signed["text"].decode(),
+                "signature": b64(signed["signature"]),
+            }
+        )
+
+
+@command("audit anchor", SIGNER, PASSPHRASE, opt("--accept", is_flag=True, help="Even when the log is not the one seen before, as after a restored copy."))
+def audit_anchor(app: App, approver: str | None, passphrase_file: str | None, accept: bool) -> None:
+    """Sign the log as it is now. After a restored copy of the database, --accept makes it the one that counts."""
+    store, vault = open_vault(app)
+    name = choose_approver(vault, approver)
+    person = Approver(name, vault.folder, vault.id, passphrase(passphrase_file, name)).meet(store.all(ROSTERS))
+    before = {"machine": list(vault.seen.audit), name: list(person.seen.audit)}
+    intact = extends(store, vault.seen.audit) and extends(store, person.seen.audit)
+    if not intact and not accept:
+        raise RefusedError("rolled back: the audit log is not the one seen before; --accept would make it the one that counts")
+
+    def put(tx: Tx) -> None:
+        record(tx, "audit.anchored" if intact else "audit.accepted", name, {} if intact else {"seen": before})
+        anchor(tx, person)
+
+    store.write(put)
+    head = audit_head(store)
+    for seen in (person.seen, vault.seen):
+        if not intact:
+            seen.accept(head, {row["secret_key"]: vault.checked(store, row) for row in store.all(CURRENT_SECRETS)}, vault.machine.fingerprint)
+        seen.learn(audit=head)
+    document = {"size": head[0], "head": head[1], "approver": name, "accepted": not intact, "seen_before": before}
+    app.show(document, lambda: write_out(f"{name} has signed the log of {head[0]} leaves, head {head[1][:16]}"))
 
 
 # ---- demo

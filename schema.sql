@@ -254,6 +254,106 @@ CREATE TABLE bridge_suspects (
   intent_id TEXT
 ) STRICT;
 
+-- What happened to the vault: leaves of metadata, each holding the hash of the one before it.
+CREATE TABLE audit_log (
+  seq  INTEGER PRIMARY KEY CONSTRAINT audit_seq CHECK (seq > 0),
+  leaf TEXT NOT NULL CONSTRAINT audit_leaf CHECK (json_valid(leaf)), -- canonical JSON; its bytes are what is hashed
+  hash TEXT NOT NULL CONSTRAINT audit_hash CHECK (length(hash) = 64)
+) STRICT;
+
+-- What approvers have signed of the audit log: its size and head. The signed grants are further anchors.
+CREATE TABLE audit_anchors (
+  seq       INTEGER PRIMARY KEY,
+  document  TEXT NOT NULL CONSTRAINT anchor_document CHECK (json_valid(document)),
+  signature BLOB NOT NULL CONSTRAINT anchor_signature CHECK (length(signature) = 64)
+) STRICT;
+
+-- The vault's approvers and its machine: numbered lists, each signed by an approver of the list before it.
+CREATE TABLE vault_rosters (
+  number    INTEGER PRIMARY KEY CONSTRAINT roster_number CHECK (number > 0),
+  document  TEXT NOT NULL CONSTRAINT roster_document CHECK (json_valid(document)),
+  signature BLOB NOT NULL CONSTRAINT roster_signature CHECK (length(signature) = 64)
+) STRICT;
+
+-- Versions of secrets. The header says whose they are and who must take part in opening them; the seal signs both.
+CREATE TABLE secret_entries (
+  seq           INTEGER PRIMARY KEY,
+  secret_key    TEXT NOT NULL CONSTRAINT secret_key_length CHECK (length(secret_key) BETWEEN 1 AND 128),
+  version       INTEGER NOT NULL CONSTRAINT secret_version CHECK (version > 0),
+  header        TEXT NOT NULL CONSTRAINT secret_header CHECK (json_valid(header)), -- canonical JSON
+  sealed        BLOB,                             -- the encrypted value; NULL once replaced or removed
+  signature     BLOB NOT NULL CONSTRAINT secret_signature CHECK (length(signature) = 64),
+  rotate_reason TEXT,                             -- why this version should be replaced
+  created_at    INTEGER NOT NULL,
+  removed_at    INTEGER,
+  CONSTRAINT secret_removed_is_empty CHECK ((sealed IS NULL) = (removed_at IS NOT NULL)),
+  CONSTRAINT secret_version_once UNIQUE (secret_key, version)
+) STRICT;
+
+-- The parts of a data key, each wrapped for one member of one group.
+CREATE TABLE secret_shares (
+  seq         INTEGER PRIMARY KEY,
+  secret_key  TEXT NOT NULL,
+  version     INTEGER NOT NULL,
+  group_name  TEXT NOT NULL CONSTRAINT share_group CHECK (group_name IN ('machine', 'user', 'governance')),
+  member      TEXT NOT NULL,                      -- the fingerprint of a key
+  share_index INTEGER NOT NULL CONSTRAINT share_index CHECK (share_index > 0),
+  wrap        BLOB NOT NULL,
+  CONSTRAINT share_of_secret FOREIGN KEY (secret_key, version) REFERENCES secret_entries (secret_key, version),
+  CONSTRAINT share_once UNIQUE (secret_key, version, group_name, member)
+) STRICT;
+
+-- Requests to use a secret for an action, and what became of them. `request` is what approvers sign for.
+CREATE TABLE secret_consent_records (
+  seq               INTEGER PRIMARY KEY,
+  consent_id        TEXT NOT NULL UNIQUE,
+  secret_key        TEXT NOT NULL,
+  secret_version    INTEGER NOT NULL,
+  consent_status    TEXT NOT NULL CONSTRAINT consent_status CHECK (consent_status IN
+                      ('pending', 'approved', 'denied', 'expired', 'revoked', 'used')),
+  mode              TEXT NOT NULL CONSTRAINT consent_mode CHECK (mode IN ('once', 'collect')),
+  request           TEXT NOT NULL CONSTRAINT consent_request CHECK (json_valid(request)), -- canonical JSON
+  requester         TEXT NOT NULL,                -- user id and program, by which floods are counted
+  pid               INTEGER NOT NULL,             -- the process that asked
+  pid_started       INTEGER,                      -- and when it started, in clock ticks since boot
+  boot_id           TEXT NOT NULL,
+  ephemeral         BLOB,                         -- of a collect request: the private key, sealed to the machine
+  task_id           TEXT,
+  approval_method   TEXT CONSTRAINT consent_method CHECK (approval_method IN ('auto', 'approver')),
+  max_uses          INTEGER NOT NULL CONSTRAINT consent_max_uses CHECK (max_uses > 0),
+  used_count        INTEGER NOT NULL DEFAULT 0 CONSTRAINT consent_used CHECK (used_count BETWEEN 0 AND max_uses),
+  requested_at      INTEGER NOT NULL,
+  expires_at        INTEGER NOT NULL,             -- answered by then, or not at all
+  approved_at       INTEGER,
+  grant_expires_at  INTEGER,                      -- used by then, or not at all
+  denied_at         INTEGER,
+  revoked_at        INTEGER,
+  used_at           INTEGER,                      -- the last use
+  expired_reason    TEXT CONSTRAINT consent_expired_reason CHECK (expired_reason IN ('unanswered', 'grant_ended')),
+  denial_reason     TEXT,
+  revocation_reason TEXT,
+  observed          TEXT NOT NULL CONSTRAINT consent_observed CHECK (json_valid(observed)), -- by the approvers' own processes
+  CONSTRAINT consent_of_secret FOREIGN KEY (secret_key, secret_version) REFERENCES secret_entries (secret_key, version),
+  CONSTRAINT consent_spent_is_used CHECK ((consent_status = 'used') = (used_count = max_uses)),
+  CONSTRAINT consent_expired_has_reason CHECK ((consent_status = 'expired') = (expired_reason IS NOT NULL)),
+  CONSTRAINT consent_denied_has_instant CHECK ((consent_status = 'denied') = (denied_at IS NOT NULL)),
+  CONSTRAINT consent_revoked_has_instant CHECK ((consent_status = 'revoked') = (revoked_at IS NOT NULL))
+) STRICT;
+
+-- Approvals, each signed: by whom, for which group, and the part of the data key wrapped to the one requester.
+CREATE TABLE consent_grants (
+  seq        INTEGER PRIMARY KEY,
+  consent_id TEXT NOT NULL REFERENCES secret_consent_records (consent_id),
+  group_name TEXT NOT NULL CONSTRAINT grant_group CHECK (group_name IN ('user', 'governance')),
+  approver   TEXT NOT NULL,                       -- the fingerprint of a key
+  document   TEXT NOT NULL CONSTRAINT grant_document CHECK (json_valid(document)), -- canonical JSON
+  wrap       BLOB,                                -- NULL when the group has no part, and once it is used or void
+  wrap_hash  TEXT,                                -- what the signature covers of it; NULL when the group has no part
+  signature  BLOB NOT NULL CONSTRAINT grant_signature CHECK (length(signature) = 64),
+  created_at INTEGER NOT NULL,
+  CONSTRAINT grant_once UNIQUE (consent_id, group_name, approver)
+) STRICT;
+
 -- =========================================================================================================== DERIVED
 
 CREATE INDEX task_claim_order ON htm_tasks (handler, rank, order_at, seq)
@@ -276,6 +376,9 @@ CREATE UNIQUE INDEX intent_key ON intent_records (idempotency_key) WHERE idempot
 CREATE INDEX intent_of_task ON intent_records (htm_task_id) WHERE htm_task_id IS NOT NULL;
 CREATE INDEX intent_not_learned ON intent_records (seq) WHERE learned_from = 0 AND completed_at IS NOT NULL;
 CREATE INDEX worker_not_stopped ON workers (kind) WHERE stopped_at IS NULL;
+CREATE INDEX consent_open_until ON secret_consent_records (COALESCE(grant_expires_at, expires_at))
+  WHERE consent_status IN ('pending', 'approved');
+CREATE INDEX consent_of_secret_key ON secret_consent_records (secret_key, seq);
 
 -- Refuse: steps between statuses that do not exist.
 CREATE TRIGGER task_starts_open BEFORE INSERT ON htm_tasks WHEN NEW.status NOT IN ('queued', 'blocked')
@@ -359,6 +462,134 @@ END;
 CREATE TRIGGER outcome_never_changes BEFORE UPDATE ON outcome_records
 BEGIN
   SELECT RAISE(ABORT, 'an outcome is recorded once');
+END;
+
+-- Refuse: rewriting what happened to the vault, and who was in it.
+CREATE TRIGGER audit_never_changes BEFORE UPDATE ON audit_log
+BEGIN
+  SELECT RAISE(ABORT, 'the audit log is append-only');
+END;
+
+CREATE TRIGGER audit_never_shrinks BEFORE DELETE ON audit_log
+BEGIN
+  SELECT RAISE(ABORT, 'the audit log is append-only');
+END;
+
+CREATE TRIGGER audit_grows_by_one BEFORE INSERT ON audit_log
+WHEN NEW.seq IS NULL OR NEW.seq <> (SELECT COALESCE(MAX(seq), 0) + 1 FROM audit_log)
+BEGIN
+  SELECT RAISE(ABORT, 'the audit log grows by one leaf at its end');
+END;
+
+CREATE TRIGGER anchor_never_changes BEFORE UPDATE ON audit_anchors
+BEGIN
+  SELECT RAISE(ABORT, 'anchors are append-only');
+END;
+
+CREATE TRIGGER anchor_never_deleted BEFORE DELETE ON audit_anchors
+BEGIN
+  SELECT RAISE(ABORT, 'anchors are append-only');
+END;
+
+CREATE TRIGGER roster_never_changes BEFORE UPDATE ON vault_rosters
+BEGIN
+  SELECT RAISE(ABORT, 'rosters are append-only');
+END;
+
+CREATE TRIGGER roster_never_deleted BEFORE DELETE ON vault_rosters
+BEGIN
+  SELECT RAISE(ABORT, 'rosters are append-only');
+END;
+
+CREATE TRIGGER secret_stays BEFORE UPDATE OF secret_key, version, header, signature, created_at ON secret_entries
+BEGIN
+  SELECT RAISE(ABORT, 'a version of a secret never changes');
+END;
+
+CREATE TRIGGER secret_never_deleted BEFORE DELETE ON secret_entries
+BEGIN
+  SELECT RAISE(ABORT, 'the header of a secret stays');
+END;
+
+CREATE TRIGGER secret_never_refilled BEFORE UPDATE OF sealed, removed_at ON secret_entries WHEN NEW.sealed IS NOT NULL
+BEGIN
+  SELECT RAISE(ABORT, 'a version of a secret is only ever emptied');
+END;
+
+CREATE TRIGGER consent_starts_pending BEFORE INSERT ON secret_consent_records
+WHEN NEW.consent_status <> 'pending' OR NEW.used_count <> 0
+BEGIN
+  SELECT RAISE(ABORT, 'a consent starts pending');
+END;
+
+CREATE TRIGGER consent_transition BEFORE UPDATE OF consent_status ON secret_consent_records
+WHEN OLD.consent_status <> NEW.consent_status AND NOT (
+  (OLD.consent_status = 'pending' AND NEW.consent_status IN ('approved', 'denied', 'expired', 'revoked'))
+  OR (OLD.consent_status = 'approved' AND NEW.consent_status IN ('used', 'expired', 'revoked')))
+BEGIN
+  SELECT RAISE(ABORT, 'illegal consent transition');
+END;
+
+CREATE TRIGGER consent_stays BEFORE UPDATE OF consent_id, secret_key, secret_version, mode, request, max_uses, requested_at
+ON secret_consent_records
+BEGIN
+  SELECT RAISE(ABORT, 'what was asked never changes');
+END;
+
+CREATE TRIGGER consent_uses_only_grow BEFORE UPDATE OF used_count ON secret_consent_records WHEN NEW.used_count < OLD.used_count
+BEGIN
+  SELECT RAISE(ABORT, 'a use cannot be taken back');
+END;
+
+CREATE TRIGGER consent_never_deleted BEFORE DELETE ON secret_consent_records
+BEGIN
+  SELECT RAISE(ABORT, 'consents are never deleted');
+END;
+
+CREATE TRIGGER grant_stays BEFORE UPDATE OF consent_id, group_name, approver, document, wrap_hash, signature ON consent_grants
+BEGIN
+  SELECT RAISE(ABORT, 'a grant never changes');
+END;
+
+CREATE TRIGGER grant_never_refilled BEFORE UPDATE OF wrap ON consent_grants WHEN NEW.wrap IS NOT NULL
+BEGIN
+  SELECT RAISE(ABORT, 'a grant is only ever emptied');
+END;
+
+CREATE TRIGGER grant_never_deleted BEFORE DELETE ON consent_grants
+BEGIN
+  SELECT RAISE(ABORT, 'grants are never deleted');
+END;
+
+CREATE TRIGGER anchor_never_replaced BEFORE INSERT ON audit_anchors
+WHEN EXISTS (SELECT 1 FROM audit_anchors WHERE seq = NEW.seq)
+BEGIN
+  SELECT RAISE(ABORT, 'anchors are append-only');
+END;
+
+CREATE TRIGGER roster_grows_by_one BEFORE INSERT ON vault_rosters
+WHEN NEW.number IS NULL OR NEW.number <> (SELECT COALESCE(MAX(number), 0) + 1 FROM vault_rosters)
+BEGIN
+  SELECT RAISE(ABORT, 'rosters grow by one at their end');
+END;
+
+CREATE TRIGGER secret_never_replaced BEFORE INSERT ON secret_entries
+WHEN EXISTS (SELECT 1 FROM secret_entries WHERE seq = NEW.seq OR (secret_key = NEW.secret_key AND version >= NEW.version))
+BEGIN
+  SELECT RAISE(ABORT, 'a secret only gets newer versions');
+END;
+
+CREATE TRIGGER consent_never_replaced BEFORE INSERT ON secret_consent_records
+WHEN EXISTS (SELECT 1 FROM secret_consent_records WHERE seq = NEW.seq OR consent_id = NEW.consent_id)
+BEGIN
+  SELECT RAISE(ABORT, 'a consent is never replaced');
+END;
+
+CREATE TRIGGER grant_never_replaced BEFORE INSERT ON consent_grants
+WHEN EXISTS (SELECT 1 FROM consent_grants WHERE seq = NEW.seq
+  OR (consent_id = NEW.consent_id AND group_name = NEW.group_name AND approver = NEW.approver))
+BEGIN
+  SELECT RAISE(ABORT, 'a grant is never replaced');
 END;
 
 -- Record: each change of a task's status or priority is an event.
