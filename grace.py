@@ -2588,6 +2588,13 @@ def close_consent(tx: Tx, row: Row, sql: str, kind: str, reason: str | None, **m
     return True
 
 
+def withdraw_open(store: Store, ids: list[str]) -> None:
+    """Take back those requests that nobody has answered."""
+    for consent_id in ids:
+        with contextlib.suppress(GraceError):
+            store.write(functools.partial(withdraw, consent_id=consent_id))
+
+
 def deny(tx: Tx, consent_id: str, reason: str) -> Row:
     row = still_pending(get_consent(tx, consent_id), tx.now)
     close_consent(tx, row, DENY, "denied", reason, now=tx.now)
@@ -3880,6 +3887,58 @@ class Log:
         self.__dict__.update(state)
 
 
+class Scrubber:
+    """Takes secrets out of a stream of output: as they are, in base64, and percent-encoded, also across pieces of it.
+
+    A value shorter than four bytes is left alone: it would be found everywhere."""
+
+    def __init__(self, values: dict[str, bytes]):
+        forms = {form: f"[secret {name}]".encode() for name, value in values.items() if len(value) >= 4 for form in spellings(value)}
+        self._names = forms
+        self._pattern = re.compile(b"|".join(re.escape(form) for form in sorted(forms, key=len, reverse=True)) or rb"(?!)")
+        self._longest = max((len(form) for form in forms), default=0)
+        self._rest = b""
+
+    def feed(self, data: bytes, last: bool = False) -> bytes:
+        """What can be passed on: all but an end that could be the beginning of a secret, which waits for more."""
+        data = self._rest + data
+        settled = len(data) if last else max(0, len(data) - self._longest + 1)
+        out, at = [], 0
+        for match in self._pattern.finditer(data):
+            if match.start() >= settled:
+                break
+            out += [data[at : match.start()], self._names[match[0]]]
+            at = match.end()
+        cut = max(at, settled)
+        self._rest = data[cut:]
+        return b"".join([*out, data[at:cut]])
+
+    def text(self, value: Any) -> Any:
+        """A document with the secrets taken out of each text in it."""
+        if isinstance(value, str):
+            fresh = Scrubber({})
+            fresh._names, fresh._pattern, fresh._longest = self._names, self._pattern, self._longest
+            return fresh.feed(value.encode(errors="surrogateescape"), last=True).decode(errors="replace")
+        if isinstance(value, dict):
+            return {self.text(key): self.text(item) for key, item in value.items()}
+        return [self.text(item) for item in value] if isinstance(value, list) else value
+
+
+def spellings(value: bytes) -> set[bytes]:
+    """A value as it may stand in output: plain, inside base64 at each of its three alignments, percent-encoded, in JSON."""
+    import base64
+    import urllib.parse
+
+    forms = {value, json.dumps(value.decode(errors="replace"))[1:-1].encode()}
+    for shift in range(3):
+        text = base64.b64encode(bytes(shift) + value)
+        whole = text[(0, 2, 3)[shift] : len(text) - (0, 3, 2)[(len(value) + shift) % 3]]  # the characters that only the value decides
+        forms |= {whole, whole.translate(bytes.maketrans(b"+/", b"-_"))}
+    forms |= {urllib.parse.quote(value, safe=safe).encode() for safe in ("", "/")} | {urllib.parse.quote_plus(value).encode()}
+    forms |= {re.sub(rb"%[0-9A-F]{2}", lambda match: match[0].lower(), form) for form in forms if b"%" in form}
+    return {form for form in forms if len(form) >= 4}
+
+
 class Copy:
     """What a foreground command wrote and our own output has not yet taken; a slow reader must not hold up the loop."""
 
@@ -3913,6 +3972,7 @@ class Child:
         self.kill_after_ms = handler["kill_after_ms"]
         self.pid, self.ticks, self.exit_status = 0, None, None  # type: tuple[int, int | None, int | None]
         self.pipes: list[int] = []  # our ends
+        self.scrubbers: dict[int, Scrubber] = {}  # our end -> what takes secrets out of its bytes before the log
         self.copies: dict[int, Copy] = {}  # our end -> where else its bytes go, for a foreground command
         self.timeout_at = float("inf")
         self.kill_at = float("inf")
@@ -3988,6 +4048,7 @@ class Supervisor:
         self.selector = selectors.DefaultSelector()
         self.environment = {key: value for key, value in os.environ.items() if not key.startswith("GRACE_")}
         self.log_limit = setting(store, "log.max_bytes")
+        self.secrets: dict[str, bytes] = {}  # variables of the command that no log may show
         self._read_end, self._write_end = os.pipe()
         for fd in (self._read_end, self._write_end):
             os.set_blocking(fd, False)
@@ -4039,7 +4100,7 @@ class Supervisor:
 
     def _environment_of(self, task: Row, own: dict[str, str], result: str) -> dict[str, str]:
         """This process's environment without its GRACE_*, the handler's variables, and the attempt's facts."""
-        return {**self.environment, **own,
+        return {**self.environment, **own, **{name: os.fsdecode(value) for name, value in self.secrets.items()},
                 "GRACE_TASK_ID": task["task_id"], "GRACE_INTENT_ID": task["intent_id"] or "", "GRACE_ATTEMPT": str(task["attempt_number"]),
                 "GRACE_ATTEMPT_ID": task["attempt_id"], "GRACE_DEADLINE": format_instant(task["sla_deadline"]) or "",
                 "GRACE_DB": self.store.path, "GRACE_RESULT": result, "GRACE_TOKEN": task["token"], "GRACE_WORKER": self.worker}  # fmt: skip
@@ -4076,6 +4137,8 @@ class Supervisor:
     def _adopt_pipe(self, child: Child, fd: int) -> None:
         os.set_blocking(fd, False)
         child.pipes.append(fd)
+        if self.secrets:
+            child.scrubbers[fd] = Scrubber(self.secrets)
         self.watch(fd, lambda fd: self._read(child, fd))
 
     def adopt(self, facts: Row, handler: Row) -> None:
@@ -4099,7 +4162,7 @@ class Supervisor:
         if not data:
             self._close_pipe(child, fd)
             return False
-        child.log.write(data)
+        child.log.write(child.scrubbers[fd].feed(data) if fd in child.scrubbers else data)
         if fd in child.copies:
             return self._pass_on(child, fd, data)
         return True
@@ -4137,6 +4200,8 @@ class Supervisor:
             self.selector.unregister(fd)
         os.close(fd)
         child.pipes.remove(fd)
+        if fd in child.scrubbers:
+            child.log.write(child.scrubbers.pop(fd).feed(b"", last=True))
 
     def stop(self, child: Child, why: str, at_once: bool = False) -> None:
         """Begin to end an attempt: TERM to its group, KILL when its time is over, or KILL at once."""
@@ -4367,6 +4432,8 @@ TAKEN_AWAY = """SELECT a.attempt_id, a.stop_requested, t.status FROM htm_task_at
   WHERE a.worker_id = :worker AND a.finished_at IS NULL
     AND (a.stop_requested IS NOT NULL OR t.attempt_id IS NULL OR t.attempt_id <> a.attempt_id)"""
 BUSY = "SELECT COALESCE(SUM(n), 0) AS n FROM task_counts WHERE status IN ('assigned', 'running')"
+SAY_WHY = """UPDATE htm_tasks SET reason = :reason, updated_at = :now, updated_by = :actor
+  WHERE task_id = :task_id AND status = 'assigned' RETURNING *"""
 RESUME = "GRACE_RESUME"
 CHECKPOINT_PAGES = 4000  # a daemon writes much: fewer, longer checkpoints save it a third of its syncs
 
@@ -4929,8 +4996,9 @@ def resumed_state() -> Row | None:
 class Runner:
     """`grace run`: one command in the foreground, as a task with its own ladder, log and events."""
 
-    def __init__(self, store: Store, spec: Row, argv: list[str], complain: Callable[[str], None]):
-        self.store, self.argv, self.spec, self.complain = store, argv, spec, complain
+    def __init__(self, store: Store, spec: Row, argv: list[str], complain: Callable[[str], None], wishes: list[tuple[str, Row]], vault: Vault | None):
+        """`wishes`: for each secret of the command its variable and what Asking takes."""
+        self.store, self.argv, self.spec, self.complain, self.wishes, self.vault = store, argv, spec, complain, wishes, vault
         store.since = clock()
         self.enlistment = Enlistment(store, "runner", 1)
         self.worker = self.enlistment.worker
@@ -4947,7 +5015,7 @@ class Runner:
             return done
         bell = Bell(self.store)
         self.sup.watch(bell, lambda fd: bell.answer())
-        status = 0
+        status = 0 if self._obtain_secrets() else 125
         while True:
             status = self._attempt(status)
             self.task = get_task(self.store, done["task_id"])
@@ -4966,8 +5034,54 @@ class Runner:
             self.task = taken
         return done
 
+    def _obtain_secrets(self) -> bool:
+        """Ask for the command's secrets and wait, while the SLA clock runs; without them the task has failed."""
+        askings: list[Asking] = []
+        if self.vault is None or not self.wishes:
+            return True
+        try:
+            self.store.write(lambda tx: changed_task(tx, self.task, SAY_WHY, reason="waiting_consent"))
+            with refusals(self.store, self.task["task_id"], plain=True):
+                for _, spec in self.wishes:
+                    spec["reported"]["task"] = self.task["task_id"]
+                    askings.append(Asking(self.vault, spec))
+                    if askings[-1].risk != "low":
+                        self.complain(f"waiting for consent, code {code_of(hash_of('request', askings[-1].request))}: {askings[-1].consent_id}")
+            self._await_answers([asking.consent_id for asking in askings])
+            self.sup.secrets = {name: asking.value() for (name, _), asking in zip(self.wishes, askings, strict=True)}
+            if name := next((name for name, value in self.sup.secrets.items() if b"\0" in value), None):
+                raise DeniedError(f"the value for {name} holds a NUL byte, which no environment can")
+        except GraceError as error:
+            withdraw_open(self.store, [asking.consent_id for asking in askings])
+            self.complain(error.message)
+            reason = "interrupted" if self.stopped_by else "consent_denied"
+            ending = {"outcome": "failed", "ended_by": "exit", "error": error.message, "retry": False, "reason": reason}
+            self._record(lambda tx: end_attempt(tx, self.task["task_id"], self.task["attempt_id"], ending))
+            return False
+        self.task = self.store.write(lambda tx: {**self.task, **changed_task(tx, get_task(tx, self.task["task_id"]), SAY_WHY, reason=None)})
+        return True
+
+    def _await_answers(self, ids: list[str]) -> None:
+        """Wait until all are approved; GraceError as soon as one is not, or when we are to stop."""
+        while True:
+            self.store.write(expire_consents)
+            rows = [get_consent(self.store, consent_id) for consent_id in ids]
+            for row in rows:
+                if row["consent_status"] not in ("pending", "approved", "used"):
+                    refuse_closed(row)
+            if all(row["consent_status"] != "pending" for row in rows):
+                return
+            for signum in self._signals():
+                self.stopped_by = self.stopped_by or signum
+            if self.stopped_by or get_task(self.store, self.task["task_id"])["attempt_id"] != self.task["attempt_id"]:
+                raise DeniedError("stopped while it waited for consent")
+            first = min(row["expires_at"] for row in rows if row["consent_status"] == "pending")
+            self.sup.wait(max(0.0, min(1.0, (first - clock()) / 1000, self._climb_if_possible())))
+
     def _attempt(self, status: int) -> int:
         """One start of the command; the status to exit with."""
+        if get_task(self.store, self.task["task_id"])["status"] in FINAL:
+            return status
         if self.task["status"] == "queued":
             taken = self.store.write(lambda tx: take(tx, self.task["task_id"], self.worker))
             if taken is None:
@@ -4985,7 +5099,7 @@ class Runner:
         self._watch(child)
         if child.has_terminal:
             give_terminal(os.getpgrp())
-        ending = ending_of(child, self.store.path)
+        ending = Scrubber(self.sup.secrets).text(ending_of(child, self.store.path))
         if self.stopped_by:
             ending = {**ending, "outcome": "failed", "retry": False, "reason": "interrupted", "error": f"interrupted by {signal_name(self.stopped_by)}"}
         self._record(lambda tx: end_attempt(tx, child.task_id, child.attempt_id, ending))
@@ -5882,11 +5996,42 @@ def batch_value(key: str, value: Any) -> tuple[str, Any]:
     raise ValueError(f"the key {key[:60]!r} is unknown; there are {', '.join(sorted([*BATCH_KEYS, 'context', 'after', 'confidence', 'max_attempts']))}")
 
 
+def parse_secret_use(text: str) -> tuple[str, str, str]:
+    variable, _, rest = text.partition("=")
+    key, _, action = rest.partition(":")
+    if (
+        not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable)
+        or variable.startswith("GRACE_")
+        or not SECRET_KEY.fullmatch(key)
+        or not NAME.fullmatch(action or "use")
+    ):
+        raise ValueError(f"{text[:80]!r} is not ENV=KEY or ENV=KEY:ACTION")
+    return variable, key, action or "use"
+
+
+def secret_use(required: bool) -> Parameter:
+    return opt("--secret", "secrets", kind=Checked("secret", parse_secret_use), multiple=True, required=required, metavar="ENV=KEY[:ACTION]",
+               help="A secret for the command (repeatable).")  # fmt: skip
+
+
+
+CONSENT_WAIT = 5 * MINUTE
+
+
+def ask_spec(key: str, action: str, purpose: str, by: str | None, user: str | None, risk: str | None, context: str, timeout_ms: int, mode: str = "once",
+             hidden: bool = False, task: str | None = None) -> Row:  # fmt: skip
+    """What Asking takes, from the options of a command."""
+    login = login_name()
+    by = by or f"{program_name(os.getppid())}@{login}"[:128]
+    return {"key": key, "action": action, "purpose": purpose, "by": by, "user": user, "risk": risk, "context": context, "timeout_ms": timeout_ms,
+            "mode": mode, "hidden": hidden, "login": login, "reported": reported_facts(task)}  # fmt: skip
+
+
 @command("run", *SUBMIT_OPTIONS, opt("--goal", kind="goal", help="What it is for [default: the command itself]."),
          opt("--handler", hidden=True), opt("--template", hidden=True), opt("--batch", hidden=True), opt("--wait", is_flag=True, hidden=True),
          opt("--at", hidden=True), opt("--in", "in_", hidden=True), opt("--after", multiple=True, hidden=True),
-         arg("cmd", nargs=-1, required=True, metavar="CMD ARGS…"))  # fmt: skip
-def run_command(app: App, cmd: tuple[str, ...], goal: str | None, handler: Any, template: Any, batch: Any, wait: Any, at: Any, in_: Any,
+         secret_use(False), arg("cmd", nargs=-1, required=True, metavar="CMD ARGS…"))  # fmt: skip
+def run_command(app: App, cmd: tuple[str, ...], secrets: tuple[tuple[str, str, str], ...], goal: str | None, handler: Any, template: Any, batch: Any, wait: Any, at: Any, in_: Any,
                 after: Any, **options: Any) -> int | None:  # fmt: skip
     """Run CMD here and now under an SLA of its own; ends with its exit status.
 
@@ -5897,12 +6042,17 @@ def run_command(app: App, cmd: tuple[str, ...], goal: str | None, handler: Any, 
             raise UsageError(f"{name} does not go with run, which runs its command here and now", "use submit-intent for work in the background")
     text = goal or printable(" ".join(os.fsencode(word).decode(errors="backslashreplace") for word in cmd))[:2000].strip() or "command"
     try:
+        wishes = [(name, ask_spec(key, action, text, by=None, user=None, risk=None, context="{}", timeout_ms=CONSENT_WAIT)) for name, key, action in secrets]
+        softness = harden() if wishes else None
         store = app.store()
+        vault = Vault(store) if wishes else None
+        if softness:
+            soften(softness)  # the command gets what we were given; our memory stays closed
         bury_runners(store)
         if app.json:
             kept = os.dup(1)
             os.dup2(2, 1)
-        done = Runner(store, spec_of(text, options, 0), list(cmd), lambda message: report(GraceError(message), app.json)).run()
+        done = Runner(store, spec_of(text, options, 0), list(cmd), lambda message: report(GraceError(message), app.json), wishes, vault).run()
     except GraceError as error:
         report(error, app.json)
         return 125
@@ -6790,8 +6940,9 @@ def approver_import(app: App, file: str) -> None:
         bundle = parse_json(read_argument("-" if file == "-" else f"@{file}", MAX_JSON))
     except ValueError as error:
         raise UsageError(f"FILE: {error}") from None
-    parts = [bundle.get("key"), bundle.get("seen")] if isinstance(bundle, dict) and bundle.get("format") == "grace-approver/1" else [None, None]
-    if not all(isinstance(part, dict) for part in parts):
+    known = isinstance(bundle, dict) and bundle.get("format") == "grace-approver/1"
+    parts: list[Row] = [part for part in (bundle.get("key"), bundle.get("seen")) if isinstance(part, dict)] if known else []
+    if len(parts) != 2:
         raise UsageError("FILE: this is no exported approver")
     vault_id, name = str(parts[0].get("vault_id")), str(parts[0].get("name"))
     if not re.fullmatch(r"[0-9a-f]{16}", vault_id) or not NAME.fullmatch(name) or (parts[1].get("vault_id"), parts[1].get("name")) != (vault_id, name):
@@ -6857,7 +7008,7 @@ def read_value(source: str | None, raw: bool, passphrase_source: str | None, key
         value = getpass.getpass(f"Value of {key}: ").encode(errors="surrogateescape")
     else:
         try:
-            with open(0 if source in (None, "-") else source, "rb", closefd=source not in (None, "-")) as file:  # type: ignore[arg-type]
+            with open(0 if source in (None, "-") else source, "rb", closefd=source not in (None, "-")) as file:
                 value = file.read(MAX_SECRET + 2)
         except (OSError, ValueError) as error:
             raise UsageError(f"--value-file: cannot read {printable(str(source))}: {getattr(error, 'strerror', None) or error}") from None
@@ -7048,15 +7199,6 @@ USE_OPTIONS = (
 )
 
 
-def ask_spec(key: str, action: str, purpose: str, by: str | None, user: str | None, risk: str | None, context: str, timeout_ms: int, mode: str = "once",
-             hidden: bool = False, task: str | None = None) -> Row:  # fmt: skip
-    """What Asking takes, from the options of a command."""
-    login = login_name()
-    by = by or f"{program_name(os.getppid())}@{login}"[:128]
-    return {"key": key, "action": action, "purpose": purpose, "by": by, "user": user, "risk": risk, "context": context, "timeout_ms": timeout_ms,
-            "mode": mode, "hidden": hidden, "login": login, "reported": reported_facts(task)}  # fmt: skip
-
-
 def ask_for(vault: Vault, spec: Row) -> Asking:
     with refusals(vault.store, spec["key"], plain=True):
         return Asking(vault, spec)
@@ -7082,12 +7224,6 @@ def await_answers(store: Store, ids: list[str], say: Callable[[str], None] = lam
 def any_over(store: Store, ids: list[str]) -> bool:
     now = clock()
     return any(row["consent_status"] == "pending" and row["expires_at"] <= now for row in (get_consent(store, consent_id) for consent_id in ids))
-
-
-def withdraw_open(store: Store, ids: list[str]) -> None:
-    for consent_id in ids:
-        with contextlib.suppress(GraceError):
-            store.write(lambda tx, consent_id=consent_id: withdraw(tx, consent_id))  # type: ignore[misc]
 
 
 def announce(app: App, asking: Asking) -> None:
@@ -7167,27 +7303,9 @@ def show_value(app: App, store: Store, consent_id: str, value: bytes) -> None:
         write_json({**document, "value": None, "value_base64": b64(value)})
 
 
-def parse_secret_use(text: str) -> tuple[str, str, str]:
-    variable, _, rest = text.partition("=")
-    key, _, action = rest.partition(":")
-    if (
-        not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable)
-        or variable.startswith("GRACE_")
-        or not SECRET_KEY.fullmatch(key)
-        or not NAME.fullmatch(action or "use")
-    ):
-        raise ValueError(f"{text[:80]!r} is not ENV=KEY or ENV=KEY:ACTION")
-    return variable, key, action or "use"
-
-
-SECRET_USE = opt(
-    "--secret", "secrets", kind=Checked("secret", parse_secret_use), multiple=True, metavar="ENV=KEY[:ACTION]", help="A secret for the command (repeatable)."
-)
-
-
-@command("exec", opt("--secret", "secrets", kind=Checked("secret", parse_secret_use), multiple=True, required=True, metavar="ENV=KEY[:ACTION]",
-                     help="A secret for the command (repeatable)."),
-         opt("--via", kind=Checked("way", one_of(("env", "fd", "stdin", "file"))), default="env", show_default=True, help="env: the value; fd: a descriptor's number; file: a path; stdin."),
+@command("exec", secret_use(True),
+         opt("--via", kind=Checked("way", one_of(("env", "fd", "stdin", "file"))), default="env", show_default=True,
+             help="env: the value; fd: a descriptor's number; file: a path; stdin."),
          opt("--for", "purpose", kind=Checked("text", text_of("a purpose", 2000)), help="Why [default: the command]."), *ASK_OPTIONS,
          arg("cmd", nargs=-1, required=True, metavar="CMD ARGS…"))  # fmt: skip
 def exec_command(app: App, cmd: tuple[str, ...], secrets: tuple[tuple[str, str, str], ...], via: str, purpose: str | None, **options: Any) -> int | None:
@@ -7675,7 +7793,7 @@ def signed_heads(store: Store) -> Iterator[Row]:
                "signature": bytes(row["signature"])}  # fmt: skip
 
 
-def verify_log(store: Store, vault: Vault | None, roster: Row, pins: dict[str, tuple[int, str]]) -> Row:
+def verify_log(store: Store, roster: Row, pins: dict[str, tuple[int, str]]) -> Row:
     """Every leaf against the one before it, and the chain against what was signed or seen; the findings in words."""
     findings, size, head, hashes = [], 0, NO_HEAD[1], {}
     for row in all_leaves(store):
@@ -7711,7 +7829,7 @@ def audit_verify(app: App, approver: str | None, passphrase_file: str | None) ->
         name = choose_approver(vault, approver)
         harden()
         pins[name] = Approver(name, vault.folder, vault.id, passphrase(passphrase_file, name)).seen.audit
-    done = verify_log(store, vault, vault.roster, pins)
+    done = verify_log(store, vault.roster, pins)
 
     def plain() -> None:
         for finding in done["findings"]:
@@ -7770,6 +7888,129 @@ def audit_anchor(app: App, approver: str | None, passphrase_file: str | None, ac
     app.show(document, lambda: write_out(f"{name} has signed the log of {head[0]} leaves, head {head[1][:16]}"))
 
 
+# ---- doctor
+
+
+GUARANTEES = (
+    ("mathematics", "which people, and how many of each group, must take part before a secret of medium risk or above opens"),
+    ("mathematics", "that a value, its risk, its policy, its version and its owner are as the owner signed them"),
+    ("mathematics", "that a single-use approval dies with the process that asked, and names exactly that request"),
+    ("the program", "time-outs, uses, expiry, raised risk, and that the audit leaf is there: code that anyone with the file can go round"),
+    ("the program", "who a requester says that he is, and the rollback of single rows that nobody has seen newer"),
+    ("nothing", "against a program running as you that lies in wait for your passphrase, against root, or against a guessable passphrase"),
+    ("nothing", "against whoever has been given a value: only a new one helps"),
+    ("nothing", "for secrets of low risk, and for approvals left to be collected: the machine's key on this disk opens them"),
+)
+SYNCED = re.compile(r"(?i)/(dropbox|onedrive|google ?drive|gdrive|nextcloud|owncloud|icloud[^/]*|mobile documents|syncthing|pcloud)(/|$)")
+Finding = tuple[str, str, str, str]  # level (problem, risk, note), code, message, hint
+
+
+def program_findings() -> Iterator[Finding]:
+    """Who besides you and root could change the program that asks for your passphrase."""
+    path = os.path.abspath(__file__)
+    while True:
+        with contextlib.suppress(OSError):
+            facts = os.stat(path)
+            if facts.st_uid not in (0, os.geteuid()):
+                yield "problem", "program_of_another", f"{path} belongs to user {facts.st_uid}, who can replace what asks for your passphrase", "install grace for yourself, or as root"
+            elif facts.st_mode & 0o022 and not facts.st_mode & stat.S_ISVTX:
+                yield "problem", "program_writable", f"{path} can be written by others (mode {stat.S_IMODE(facts.st_mode):o})", f"chmod go-w {path}"
+        if path == os.path.dirname(path):
+            return
+        path = os.path.dirname(path)
+
+
+def machine_findings() -> Iterator[Finding]:
+    """What this system lets other programs see."""
+    if os.geteuid() == 0:
+        yield "risk", "runs_as_root", "you are root, and so is every program of yours: nothing is hidden from them", "use an account of your own"
+    for path, bad, code, message, hint in (
+        ("/proc/sys/kernel/yama/ptrace_scope", "0", "ptrace", "a program of yours may read the memory of another one that does not protect itself", "sysctl kernel.yama.ptrace_scope=1"),
+        ("/proc/sys/fs/suid_dumpable", "1", "core_dumps", "the kernel dumps the memory of protected programs, too", "sysctl fs.suid_dumpable=0"),
+    ):
+        with contextlib.suppress(OSError), open(path, encoding="ascii") as file:
+            if file.read().strip() == bad:
+                yield "risk", code, message, hint
+    with contextlib.suppress(OSError), open("/proc/swaps", encoding="utf-8") as file:
+        if len(file.read().splitlines()) > 1:
+            yield "note", "swap", "memory may be written to swap, and stay there", "encrypt the swap space"
+
+
+def place_findings(store: Store, vault: Vault) -> Iterator[Finding]:
+    """Where keys and database lie, and what lies beside them."""
+    here = [person["name"] for person in active(vault.roster) if os.path.exists(os.path.join(vault.folder, f"{person['name']}.key"))]
+    if here:
+        yield ("risk", "keys_with_database", f"the key of {' and '.join(here)} lies on the machine and under the user that the requests come from",
+               "keep it elsewhere: grace approver export NAME, then grace consent export ID and grace consent import FILE")  # fmt: skip
+    for what, path in (("the database", store.path), ("the key files", vault.folder)):
+        if SYNCED.search(path):
+            yield "problem", "synced_folder", f"{what} lies in a folder that is copied to other machines: {path}", "move it, or leave it out of the synchronisation"
+    home = os.path.expanduser("~") + os.sep
+    if store.path.startswith(home) and vault.folder.startswith(home):
+        yield ("risk", "one_backup_set", "database and machine key lie below the same home: a backup of it opens low-risk secrets and what is left to be collected",
+               f"leave {vault.folder} out of the backup, and keep it by itself")  # fmt: skip
+    for folder in {os.path.dirname(store.path), vault.folder}:
+        for name in sorted(os.listdir(folder)):
+            if re.search(r"(?i)pass(word|phrase|wd)", name):
+                yield "risk", "passphrase_file", f"{os.path.join(folder, name)} looks like a passphrase file", "delete it, or keep it on another medium"
+
+
+def vault_findings(store: Store, vault: Vault) -> Iterator[Finding]:
+    log = verify_log(store, vault.roster, {"this machine": vault.seen.audit})
+    for finding in log["findings"]:
+        yield "problem", "audit", finding, "if a copy was restored: grace audit anchor --accept"
+    if len(active(vault.roster)) == 1:
+        name = active(vault.roster)[0]["name"]
+        yield ("risk", "one_person", f"{name} is all approvers in one person: a lost passphrase is a lost vault, and nobody else has to agree",
+               "add one: grace approver add NAME --role user --role governance, then grace secret reshare KEY")  # fmt: skip
+    for entry in store.all(CURRENT_SECRETS):
+        document = secret_document(vault, entry)
+        if not document["verified"]:
+            yield "problem", "seal", f"{document['secret_key']} does not verify", "see why: grace secret get would refuse it; store it anew, and rotate the value"
+        if entry["rotate_reason"]:
+            yield "risk", "rotate", f"{document['secret_key']} should get a new value: {entry['rotate_reason']}", f"grace secret rotate {document['secret_key']}"
+
+
+def secret_outlook(document: Row, keys_here: bool) -> Row:
+    """What stands between one secret and a program of the same user, on this machine."""
+    low = document["risk_level"] == "low"
+    return {"secret_key": document["secret_key"], "risk_level": document["risk_level"], "policy": document["policy"],
+            "opened_by": "the machine's key, which lies on this disk" if low else f"approvers' passphrases ({document['policy']})",
+            "best_step": "nothing; store it at medium risk if that is too little" if low else "keep the approver's key on another machine or under another user"
+            if keys_here else "nothing more here"}  # fmt: skip
+
+
+@command("doctor")
+def doctor_command(app: App) -> int:
+    """What is wrong or weak here, what it means, and what to do; exit 1 when something is wrong."""
+    store = app.store()
+    findings, secrets = [*program_findings(), *machine_findings()], []
+    if store.value(GET_VAULT):
+        _, vault = open_vault(app)
+        findings += [*place_findings(store, vault), *vault_findings(store, vault)]
+        keys_here = any(finding[1] == "keys_with_database" for finding in findings)
+        secrets = [secret_outlook(secret_document(vault, entry), keys_here) for entry in store.all(CURRENT_SECRETS)]
+    else:
+        findings.append(("note", "no_vault", "there is no vault yet", "make one: grace init"))
+    findings.sort(key=lambda finding: ("problem", "risk", "note").index(finding[0]))
+    document = {"ok": all(finding[0] != "problem" for finding in findings),
+                "findings": [dict(zip(("level", "code", "message", "hint"), finding, strict=True)) for finding in findings],
+                "guarantees": [{"enforced_by": by, "what": what} for by, what in GUARANTEES], "secrets": secrets}  # fmt: skip
+    app.show(document, lambda: show_findings(document))
+    return 0 if document["ok"] else 1
+
+
+def show_findings(document: Row) -> None:
+    for finding in document["findings"]:
+        write_out(f"{finding['level']}: {printable(finding['message'])}\n    {printable(finding['hint'])}")
+    if document["secrets"]:
+        write_out("\nwhat the vault is worth:")
+        for guarantee in document["guarantees"]:
+            write_out(f"  {guarantee['enforced_by']:<12} {guarantee['what']}")
+        write_out("")
+        show_table(("SECRET", "RISK", "OPENED BY", "BEST STEP"), [(s["secret_key"], s["risk_level"], s["opened_by"], s["best_step"]) for s in document["secrets"]], "")
+
+
 # ---- demo
 
 
@@ -7795,6 +8036,7 @@ class Tour:
 
     def __init__(self, app: App, path: str):
         self.app, self.path, self.steps, self.daemon = app, path, [], None  # type: tuple[App, str, list[Row], Any]
+        self.asking: Any = None
         self.stopped = False
         for signum in STEERING:  # to be heeded between two steps, so that nothing is left behind
             signal.signal(signum, self._on_signal)
@@ -7805,8 +8047,8 @@ class Tour:
     def _start(self, *words: str) -> Any:
         import subprocess
 
-        return subprocess.Popen([*own_command(), "--db", self.path, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, text=True)  # fmt: skip
+        return subprocess.Popen([*own_command(), "--db", self.path, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                text=True, env={**os.environ, "XDG_CONFIG_HOME": os.path.dirname(self.path)})  # fmt: skip
 
     def _call(self, *words: str) -> tuple[int, str]:
         """Exit status and output of one command; KeyboardInterrupt when the tour was told to stop meanwhile."""
@@ -7857,12 +8099,39 @@ class Tour:
         self.type("task", "explain", late["output"].split()[1])
         self.type("events", "--topic", "htm.sla.*", "--limit", "3")
         self.say("At 80 % it was warned of, at 100 % escalated, at 200 % a rescue found that it never started and ran it in an\n"
-                 "extra slot. All of it is in the database, with the instants at which each step was due.\n\n"
-                 "What to type next:\n"
+                 "extra slot. All of it is in the database, with the instants at which each step was due.\n")  # fmt: skip
+        self._consent()
+        self.say("What to type next:\n"
                  "  grace handler add backup --sla 10m -- tar czf /tmp/etc.tgz /etc\n"
                  '  grace submit-intent "Back up /etc" --handler backup\n'
                  "  grace daemon --once\n"
-                 "  grace status\n")  # fmt: skip
+                 "  grace status\n"
+                 "  grace init\n")  # fmt: skip
+
+    def _consent(self) -> None:
+        """A secret, a command that asks for it, and a person's yes, with a throw-away passphrase."""
+        folder = os.path.dirname(self.path)
+        for name, text in (("passphrase", os.urandom(12).hex()), ("token", os.urandom(12).hex())):
+            with open(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT, 0o600), "w", encoding="ascii") as file:
+                file.write(text)
+        key = ("--passphrase-file", os.path.join(folder, "passphrase"))
+        self.say("And a command that needs somebody's token. Its value is sealed; what opens it is the passphrase of a person.\n")
+        self._call("config", "set", "vault.argon2_memory", str(KDF_FLOOR << 10))
+        self.type("init", "--name", "you", *key)
+        self.type("secret", "set", "shop_token", "--service", "shop", "--value-file", os.path.join(folder, "token"), *key)
+        words = ("exec", "--secret", "TOKEN=shop_token:upload", "--for", "put the week's prices online", "--", "sh", "-c", 'echo "a token of ${#TOKEN} characters"')
+        self.say(f"$ grace {' '.join(words[:6])} … &")
+        self.asking = self._start(*words)
+        waiting: list[Row] = []
+        while not waiting and self.asking.poll() is None:
+            waiting = json.loads(self._call("consent", "pending", "--json")[1])
+        self.type("consent", "pending")
+        if waiting:
+            self.type("consent", "approve", waiting[0]["consent_id"], *key)
+        output, _ = self.asking.communicate(timeout=20)
+        self.steps.append({"command": ["grace", *words], "exit_status": self.asking.returncode, "output": output})
+        self.say("".join(f"  {line}\n" for line in output.splitlines()))
+        self.type("audit", "verify")
 
     def _until_critical(self, task_id: str) -> None:
         for _ in range(150):
@@ -7871,9 +8140,10 @@ class Tour:
             time.sleep(0.1)
 
     def stop(self) -> None:
-        if self.daemon is not None:
-            self.daemon.terminate()
-            self.daemon.communicate()
+        for process in (self.daemon, self.asking):
+            if process is not None and process.poll() is None:
+                process.terminate()
+                process.communicate()
 
 
 # ---- the end of every command
