@@ -6031,8 +6031,8 @@ def ask_spec(key: str, action: str, purpose: str, by: str | None, user: str | No
          opt("--handler", hidden=True), opt("--template", hidden=True), opt("--batch", hidden=True), opt("--wait", is_flag=True, hidden=True),
          opt("--at", hidden=True), opt("--in", "in_", hidden=True), opt("--after", multiple=True, hidden=True),
          secret_use(False), arg("cmd", nargs=-1, required=True, metavar="CMD ARGS…"))  # fmt: skip
-def run_command(app: App, cmd: tuple[str, ...], secrets: tuple[tuple[str, str, str], ...], goal: str | None, handler: Any, template: Any, batch: Any, wait: Any, at: Any, in_: Any,
-                after: Any, **options: Any) -> int | None:  # fmt: skip
+def run_command(app: App, cmd: tuple[str, ...], secrets: tuple[tuple[str, str, str], ...], goal: str | None, handler: Any, template: Any,
+                batch: Any, wait: Any, at: Any, in_: Any, after: Any, **options: Any) -> int | None:  # fmt: skip
     """Run CMD here and now under an SLA of its own; ends with its exit status.
 
     A line for cron: grace run --sla 10m -- tar czf /backup/etc.tgz /etc"""
@@ -6823,7 +6823,8 @@ def approver_list(app: App) -> None:
 SIGNER = opt("--approver", kind="name", help="Which approver signs for this [default: the login name].")
 
 
-@command("approver add", arg("name", APPROVER_NAME), opt("--role", kind=Checked("role", one_of(ROLES)), multiple=True, required=True, help="user or governance (repeatable)."),
+@command("approver add", arg("name", APPROVER_NAME),
+         opt("--role", kind=Checked("role", one_of(ROLES)), multiple=True, required=True, help="user or governance (repeatable)."),
          opt("--new-passphrase-file", metavar="FILE", help="The new approver's passphrase [default: asked on the terminal]."), SIGNER, PASSPHRASE)  # fmt: skip
 def approver_add(app: App, name: str, role: tuple[str, ...], new_passphrase_file: str | None, approver: str | None, passphrase_file: str | None) -> None:
     """Add an approver. Secrets that exist are not affected until `secret reshare`."""
@@ -7061,7 +7062,8 @@ def secret_document(vault: Vault, entry: Row) -> Row:
         "policy": policy_text(header["policy"]) if not odd_policy(header.get("policy")) else None, "same_person": header.get("same_person"),
         "allow_standing": header.get("allow_standing"), "verified": verified if entry["sealed"] is not None else None,
         "rotate_reason": entry["rotate_reason"], "rotate_every_ms": header.get("rotate_every"), "rotate_with": header.get("rotate_with"),
-        "created_at": format_instant(entry["created_at"]), "expires_at": format_instant(header.get("expires")), "removed_at": format_instant(entry["removed_at"]),
+        "created_at": format_instant(entry["created_at"]), "expires_at": format_instant(header.get("expires")),
+        "removed_at": format_instant(entry["removed_at"]),
     }  # fmt: skip
 
 
@@ -7132,8 +7134,8 @@ def secret_list(app: App) -> None:
     """All secrets, without their values."""
     store, vault = open_vault(app)
     documents = [secret_document(vault, entry) for entry in store.all(CURRENT_SECRETS)]
-    rows = [(d["secret_key"], str(d["version"]), d["risk_level"] or "-", printable(d["service"] or "-"), d["policy"] or "-", "" if d["verified"] else "DOES NOT VERIFY")
-            for d in documents]  # fmt: skip
+    rows = [(d["secret_key"], str(d["version"]), d["risk_level"] or "-", printable(d["service"] or "-"), d["policy"] or "-",
+             "" if d["verified"] else "DOES NOT VERIFY") for d in documents]  # fmt: skip
     app.show(documents, lambda: show_table(("KEY", "VERSION", "RISK", "SERVICE", "POLICY", ""), rows, "no secrets; store one: grace secret set KEY"))
 
 
@@ -7160,8 +7162,10 @@ def secret_history(app: App, key: str) -> None:
         consent_document(store, row)
         for row in store.all("SELECT * FROM secret_consent_records WHERE secret_key = :key AND used_count > 0 ORDER BY seq", key=key)
     ]
-    documents = [{**secret_document(vault, entry), "held_by": [{name: doc[name] for name in ("consent_id", "requested_by", "requested_action", "requested_for", "used_at")}
-                  for doc in used if doc["secret_version"] == entry["version"]]} for entry in store.all(VERSIONS_OF, key=key)]  # fmt: skip
+    facts = ("consent_id", "requested_by", "requested_action", "requested_for", "used_at")
+    held = [(doc["secret_version"], {name: doc[name] for name in facts}) for doc in used]
+    documents = [{**secret_document(vault, entry), "held_by": [use for version, use in held if version == entry["version"]]}
+                 for entry in store.all(VERSIONS_OF, key=key)]  # fmt: skip
 
     def plain() -> None:
         for d in documents:
@@ -7250,8 +7254,10 @@ def obtain(app: App, vault: Vault, specs: list[Row]) -> list[tuple[Asking, bytes
         raise
 
 
-@command("secret get", arg("key", SECRET_NAME), *USE_OPTIONS, opt("--no-wait", is_flag=True, help="File the request and go (exit 75); collect it later with --consent."),
-         opt("--consent", kind="id", help="Collect what this consent was approved for."), opt("--reveal", is_flag=True, help="Show the value on a terminal, or inside --json."))  # fmt: skip
+@command("secret get", arg("key", SECRET_NAME), *USE_OPTIONS,
+         opt("--no-wait", is_flag=True, help="File the request and go (exit 75); collect it later with --consent."),
+         opt("--consent", kind="id", help="Collect what this consent was approved for."),
+         opt("--reveal", is_flag=True, help="Show the value on a terminal, or inside --json."))  # fmt: skip
 def secret_get(app: App, key: str, no_wait: bool, consent: str | None, reveal: bool, **options: Any) -> int | None:
     """Ask for consent where it is needed, wait for it, and write the value to stdout."""
     if not reveal and not no_wait and (app.json or on_terminal()):
@@ -7430,7 +7436,8 @@ def consent_show(app: App, id: str) -> None:
     app.show(document, lambda: show_record(document))
 
 
-@command("consent history", opt("--secret", "key", kind=SECRET_NAME, help="Only of this secret."), opt("--status", kind=Checked("status", one_of(CONSENT_STATUS)), help="Only in this status."),
+@command("consent history", opt("--secret", "key", kind=SECRET_NAME, help="Only of this secret."),
+         opt("--status", kind=Checked("status", one_of(CONSENT_STATUS)), help="Only in this status."),
          opt("--limit", kind="limit", default="50", show_default=True, help="At most so many, newest first."))  # fmt: skip
 def consent_history(app: App, key: str | None, status: str | None, limit: int) -> None:
     """All consents, newest first."""
@@ -7459,7 +7466,8 @@ def consent_stats(app: App) -> None:
         return dict(sorted(counts.items()))
 
     document = {"total": len(rows), "by_status": {**dict.fromkeys(CONSENT_STATUS, 0), **tally(row["consent_status"] for row in rows)},
-                "by_risk": {**dict.fromkeys(RISK_LEVELS, 0), **tally(request["risk"] for request in requests)}, "automatic": sum(row["approval_method"] == "auto" for row in rows),
+                "by_risk": {**dict.fromkeys(RISK_LEVELS, 0), **tally(request["risk"] for request in requests)},
+                "automatic": sum(row["approval_method"] == "auto" for row in rows),
                 "by_secret": tally(row["secret_key"] for row in rows), "by_requester": tally(request["claimed"]["by"] for request in requests),
                 "median_answer_ms": answers[len(answers) // 2] if answers else None, "slowest_answer_ms": answers[-1] if answers else None}  # fmt: skip
     app.show(document, lambda: show_record(document))
@@ -7539,9 +7547,12 @@ def sign_and_record(vault: Vault, review: Review, groups: list[str], seen: Row, 
     return row
 
 
-@command("consent approve", arg("id", "id", required=False), opt("--as", "group", kind=Checked("group", one_of(ROLES)), help="Sign for this group: user or governance."),
-         opt("--once", is_flag=True, help="For this one use (the default, and the only way so far)."), opt("--code", kind=Checked("code", text_of("a code", 40)), help="The code that the requester shows."),
-         opt("--note", kind="note", help="A remark for the record."), opt("--in", "in_file", metavar="FILE", help="A request that was exported on another machine; - for stdin."),
+@command("consent approve", arg("id", "id", required=False),
+         opt("--as", "group", kind=Checked("group", one_of(ROLES)), help="Sign for this group: user or governance."),
+         opt("--once", is_flag=True, help="For this one use (the default, and the only way so far)."),
+         opt("--code", kind=Checked("code", text_of("a code", 40)), help="The code that the requester shows."),
+         opt("--note", kind="note", help="A remark for the record."),
+         opt("--in", "in_file", metavar="FILE", help="A request that was exported on another machine; - for stdin."),
          opt("--out", metavar="FILE", help="Where the approval goes [default: stdout]."), SIGNER, PASSPHRASE)  # fmt: skip
 def consent_approve(app: App, id: str | None, group: str | None, once: bool, code: str | None, note: str | None, in_file: str | None, out: str | None,
                     approver: str | None, passphrase_file: str | None) -> None:  # fmt: skip
@@ -7834,7 +7845,8 @@ def audit_verify(app: App, approver: str | None, passphrase_file: str | None) ->
     def plain() -> None:
         for finding in done["findings"]:
             write_out(finding)
-        write_out(f"{counted(done['size'], 'leaf').replace('leafs', 'leaves')}, anchored {done['anchored']} of {done['size']}, checked against {', '.join(done['checked_against'])}"
+        leaves = "1 leaf" if done["size"] == 1 else f"{done['size']} leaves"
+        write_out(f"{leaves}, anchored {done['anchored']} of {done['size']}, checked against {', '.join(done['checked_against'])}"
                   + ("" if done["findings"] else ": all in order"))  # fmt: skip
 
     app.show(done, plain)
@@ -7912,7 +7924,8 @@ def program_findings() -> Iterator[Finding]:
         with contextlib.suppress(OSError):
             facts = os.stat(path)
             if facts.st_uid not in (0, os.geteuid()):
-                yield "problem", "program_of_another", f"{path} belongs to user {facts.st_uid}, who can replace what asks for your passphrase", "install grace for yourself, or as root"
+                yield ("problem", "program_of_another", f"{path} belongs to user {facts.st_uid}, who can replace what asks for your passphrase",
+                       "install grace for yourself, or as root")  # fmt: skip
             elif facts.st_mode & 0o022 and not facts.st_mode & stat.S_ISVTX:
                 yield "problem", "program_writable", f"{path} can be written by others (mode {stat.S_IMODE(facts.st_mode):o})", f"chmod go-w {path}"
         if path == os.path.dirname(path):
@@ -7925,7 +7938,8 @@ def machine_findings() -> Iterator[Finding]:
     if os.geteuid() == 0:
         yield "risk", "runs_as_root", "you are root, and so is every program of yours: nothing is hidden from them", "use an account of your own"
     for path, bad, code, message, hint in (
-        ("/proc/sys/kernel/yama/ptrace_scope", "0", "ptrace", "a program of yours may read the memory of another one that does not protect itself", "sysctl kernel.yama.ptrace_scope=1"),
+        ("/proc/sys/kernel/yama/ptrace_scope", "0", "ptrace", "a program of yours may read the memory of another one that does not protect itself",
+         "sysctl kernel.yama.ptrace_scope=1"),
         ("/proc/sys/fs/suid_dumpable", "1", "core_dumps", "the kernel dumps the memory of protected programs, too", "sysctl fs.suid_dumpable=0"),
     ):
         with contextlib.suppress(OSError), open(path, encoding="ascii") as file:
@@ -7944,10 +7958,11 @@ def place_findings(store: Store, vault: Vault) -> Iterator[Finding]:
                "keep it elsewhere: grace approver export NAME, then grace consent export ID and grace consent import FILE")  # fmt: skip
     for what, path in (("the database", store.path), ("the key files", vault.folder)):
         if SYNCED.search(path):
-            yield "problem", "synced_folder", f"{what} lies in a folder that is copied to other machines: {path}", "move it, or leave it out of the synchronisation"
+            yield ("problem", "synced_folder", f"{what} lies in a folder that is copied to other machines: {path}",
+                   "move it, or leave it out of the synchronisation")  # fmt: skip
     home = os.path.expanduser("~") + os.sep
     if store.path.startswith(home) and vault.folder.startswith(home):
-        yield ("risk", "one_backup_set", "database and machine key lie below the same home: a backup of it opens low-risk secrets and what is left to be collected",
+        yield ("risk", "one_backup_set", "database and machine key lie below the same home: a backup of both opens low risk and what waits to be collected",
                f"leave {vault.folder} out of the backup, and keep it by itself")  # fmt: skip
     for folder in {os.path.dirname(store.path), vault.folder}:
         for name in sorted(os.listdir(folder)):
@@ -7966,9 +7981,10 @@ def vault_findings(store: Store, vault: Vault) -> Iterator[Finding]:
     for entry in store.all(CURRENT_SECRETS):
         document = secret_document(vault, entry)
         if not document["verified"]:
-            yield "problem", "seal", f"{document['secret_key']} does not verify", "see why: grace secret get would refuse it; store it anew, and rotate the value"
+            yield "problem", "seal", f"{document['secret_key']} does not verify: somebody has changed it", "store it anew, with a new value"
         if entry["rotate_reason"]:
-            yield "risk", "rotate", f"{document['secret_key']} should get a new value: {entry['rotate_reason']}", f"grace secret rotate {document['secret_key']}"
+            key = document["secret_key"]
+            yield "risk", "rotate", f"{key} should get a new value: {entry['rotate_reason']}", f"grace secret rotate {key}"
 
 
 def secret_outlook(document: Row, keys_here: bool) -> Row:
@@ -8008,7 +8024,8 @@ def show_findings(document: Row) -> None:
         for guarantee in document["guarantees"]:
             write_out(f"  {guarantee['enforced_by']:<12} {guarantee['what']}")
         write_out("")
-        show_table(("SECRET", "RISK", "OPENED BY", "BEST STEP"), [(s["secret_key"], s["risk_level"], s["opened_by"], s["best_step"]) for s in document["secrets"]], "")
+        rows = [(s["secret_key"], s["risk_level"], s["opened_by"], s["best_step"]) for s in document["secrets"]]
+        show_table(("SECRET", "RISK", "OPENED BY", "BEST STEP"), rows, "")
 
 
 # ---- demo
@@ -8110,6 +8127,8 @@ class Tour:
 
     def _consent(self) -> None:
         """A secret, a command that asks for it, and a person's yes, with a throw-away passphrase."""
+        import shlex
+
         folder = os.path.dirname(self.path)
         for name, text in (("passphrase", os.urandom(12).hex()), ("token", os.urandom(12).hex())):
             with open(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT, 0o600), "w", encoding="ascii") as file:
@@ -8119,8 +8138,9 @@ class Tour:
         self._call("config", "set", "vault.argon2_memory", str(KDF_FLOOR << 10))
         self.type("init", "--name", "you", *key)
         self.type("secret", "set", "shop_token", "--service", "shop", "--value-file", os.path.join(folder, "token"), *key)
-        words = ("exec", "--secret", "TOKEN=shop_token:upload", "--for", "put the week's prices online", "--", "sh", "-c", 'echo "a token of ${#TOKEN} characters"')
-        self.say(f"$ grace {' '.join(words[:6])} … &")
+        words = ("exec", "--secret", "TOKEN=shop_token:upload", "--for", "put the new prices online", "--",
+                 "sh", "-c", 'echo "a token of ${#TOKEN} characters"')  # fmt: skip
+        self.say(f"$ grace {shlex.join(words)} &")
         self.asking = self._start(*words)
         waiting: list[Row] = []
         while not waiting and self.asking.poll() is None:
