@@ -2347,6 +2347,12 @@ class Asking:
         return redeem(self.vault, self.consent_id, self.keys, canonical(self.request).decode())
 
 
+def waiting_line(asking: Asking) -> str:
+    """For the requester's side: what to compare, and how to answer."""
+    code = code_of(hash_of("request", asking.request))
+    return f"grace: waiting for consent, code {code}; to answer: grace consent approve {asking.consent_id}"
+
+
 def refuse_floods(tx: Tx, requester: str) -> None:
     pending = tx.all(PENDING)
     if len(pending) >= MAX_PENDING:
@@ -3929,7 +3935,7 @@ def spellings(value: bytes) -> set[bytes]:
     import base64
     import urllib.parse
 
-    forms = {value, json.dumps(value.decode(errors="replace"))[1:-1].encode()}
+    forms = {value, json.dumps(value.decode(errors="replace"))[1:-1].encode(), base64.b64encode(value), base64.urlsafe_b64encode(value)}
     for shift in range(3):
         text = base64.b64encode(bytes(shift) + value)
         whole = text[(0, 2, 3)[shift] : len(text) - (0, 3, 2)[(len(value) + shift) % 3]]  # the characters that only the value decides
@@ -4996,9 +5002,11 @@ def resumed_state() -> Row | None:
 class Runner:
     """`grace run`: one command in the foreground, as a task with its own ladder, log and events."""
 
-    def __init__(self, store: Store, spec: Row, argv: list[str], complain: Callable[[str], None], wishes: list[tuple[str, Row]], vault: Vault | None):
-        """`wishes`: for each secret of the command its variable and what Asking takes."""
-        self.store, self.argv, self.spec, self.complain, self.wishes, self.vault = store, argv, spec, complain, wishes, vault
+    def __init__(self, store: Store, spec: Row, argv: list[str], complain: Callable[[str], None], tell: Callable[[str], None],
+                 wishes: list[tuple[str, Row]], vault: Vault | None):  # fmt: skip
+        """`wishes`: for each secret of the command its variable and what Asking takes; `tell` reaches whoever is to answer."""
+        self.store, self.argv, self.spec, self.complain, self.tell = store, argv, spec, complain, tell
+        self.wishes, self.vault = wishes, vault
         store.since = clock()
         self.enlistment = Enlistment(store, "runner", 1)
         self.worker = self.enlistment.worker
@@ -5046,7 +5054,7 @@ class Runner:
                     spec["reported"]["task"] = self.task["task_id"]
                     askings.append(Asking(self.vault, spec))
                     if askings[-1].risk != "low":
-                        self.complain(f"waiting for consent, code {code_of(hash_of('request', askings[-1].request))}: {askings[-1].consent_id}")
+                        self.tell(waiting_line(askings[-1]))
             self._await_answers([asking.consent_id for asking in askings])
             self.sup.secrets = {name: asking.value() for (name, _), asking in zip(self.wishes, askings, strict=True)}
             if name := next((name for name, value in self.sup.secrets.items() if b"\0" in value), None):
@@ -6052,7 +6060,11 @@ def run_command(app: App, cmd: tuple[str, ...], secrets: tuple[tuple[str, str, s
         if app.json:
             kept = os.dup(1)
             os.dup2(2, 1)
-        done = Runner(store, spec_of(text, options, 0), list(cmd), lambda message: report(GraceError(message), app.json), wishes, vault).run()
+        def tell(line: str) -> None:
+            if not app.json:
+                sys.stderr.write(line + "\n")
+
+        done = Runner(store, spec_of(text, options, 0), list(cmd), lambda message: report(GraceError(message), app.json), tell, wishes, vault).run()
     except GraceError as error:
         report(error, app.json)
         return 125
@@ -7233,8 +7245,7 @@ def any_over(store: Store, ids: list[str]) -> bool:
 def announce(app: App, asking: Asking) -> None:
     """Tell the person at the requester's side which request to look for."""
     if not app.json:
-        code = code_of(hash_of("request", asking.request))
-        sys.stderr.write(f"grace: waiting for consent, code {code}; to answer: grace consent approve {asking.consent_id}\n")
+        sys.stderr.write(waiting_line(asking) + "\n")
 
 
 def obtain(app: App, vault: Vault, specs: list[Row]) -> list[tuple[Asking, bytes]]:
