@@ -503,6 +503,8 @@ def parse_policy(text: str) -> list[Row]:
             raise ValueError(f"{part.strip()[:60]!r} is no part of a policy; write something like 'user:1 & governance:1' or 'user:2of3'")
         group, threshold, of, names = match[1], int(match[2]), match[3], match[4]
         listed = [name.strip() for name in names.split(",")] if names is not None else None
+        if listed is not None and not all(listed):
+            raise ValueError(f"{part.strip()!r}: a name is empty")
         if threshold < 1 or (of is not None and threshold > int(of)) or (listed is not None and threshold > len(set(listed))):
             raise ValueError(f"{part.strip()!r}: the threshold lies between 1 and the number of members")
         parts.append({"group": group, "threshold": threshold, "of": int(of) if of else None, "names": listed})
@@ -830,6 +832,21 @@ class Store(Reader):
     def changed(self) -> int:
         """A number that differs from the last one when another process has committed."""
         return int(self.con.pragma("data_version"))
+
+    def overwrite_deleted(self) -> None:
+        """From now on, what this connection deletes is overwritten with zeros."""
+        self.con.execute("PRAGMA secure_delete = ON")
+
+    def truncate_log(self) -> bool:
+        """Bring the write-ahead log into the file and cut it to nothing, so that no older page is left there; False while others read."""
+        try:
+            self.con.set_busy_timeout(100)
+            self.con.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+        except apsw.Error:
+            return False
+        finally:
+            self.con.set_busy_timeout(STANDSTILL * 1000)
+        return True
 
     def close(self) -> None:
         self.con.close()
@@ -1358,6 +1375,21 @@ def audit_head(reader: Reader) -> tuple[int, str]:
     return (row["seq"], row["hash"]) if row else NO_HEAD
 
 
+def shred(store: Store) -> None:
+    """After something secret was dropped: no old page of it in the log. Best effort: while others read, it stays to be done."""
+    due = store.value(GET_SETTING, name="_shred_due") is not None
+    done = store.truncate_log()
+    if done and due:
+        store.write(lambda tx: unset_setting(tx, "_shred_due"), durable=False, knock=False)
+    elif not done and not due:
+        store.write(lambda tx: tx.run(SET_SETTING, name="_shred_due", value="1", now=tx.now), durable=False, knock=False)
+
+
+def shred_if_due(store: Store) -> None:
+    if store.value(GET_SETTING, name="_shred_due") is not None:
+        shred(store)
+
+
 def record(tx: Tx, kind: str, subject: str, facts: Row) -> tuple[int, str]:
     """Append a leaf; the size and head of the chain with it."""
     size, head = audit_head(tx)
@@ -1414,6 +1446,7 @@ KDF_FLOOR, KDF_CEILING = 64 << 10, 1 << 20  # KiB of memory for Argon2id
 KDF_TURNS, KDF_LANES = 3, 4
 MAX_SECRET = 64 << 10
 MAX_KEY_FILE = 1 << 20
+VAULT_ID = re.compile(r"[0-9a-f]{16}")
 SECRET_KEY = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 GET_VAULT = "SELECT value FROM settings WHERE name = '_vault_id'"
 ROSTERS = "SELECT number, document, signature FROM vault_rosters ORDER BY number"
@@ -1465,9 +1498,12 @@ def from_b64(text: Any, what: str) -> bytes:
     import base64
 
     try:
-        return base64.b64decode(text, validate=True)
+        data = base64.b64decode(text, validate=True)
     except (ValueError, TypeError):
-        raise RefusedError(f"{what} is not in base64") from None
+        data = None
+    if data is None or b64(data) != text:  # the last letter has spare bits: only one spelling is accepted
+        raise RefusedError(f"{what} is not in base64")
+    return data
 
 
 def suite() -> Any:
@@ -1609,12 +1645,15 @@ def read_private(path: str, what: str) -> Row:
     except OSError as error:
         why = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
         raise DeniedError(f"{what} {path} is not used: {why}") from None
-    with os.fdopen(fd, "rb") as file:
-        for kind, facts in ((what, os.fstat(file.fileno())), ("its directory", os.stat(os.path.dirname(path)))):
+    try:
+        for kind, facts in ((what, os.fstat(fd)), ("its directory", os.stat(os.path.dirname(path)))):
             if (problem := wide_open(facts)) or (kind == what and not stat.S_ISREG(facts.st_mode)):
                 raise DeniedError(f"{what} {path} is not used: {kind + ' ' + problem if problem else 'it is no plain file'}",
                                   f"chmod 600 {path}; chmod 700 {os.path.dirname(path)}" if problem else "")  # fmt: skip
-        data = file.read(MAX_KEY_FILE + 1)
+        with open(fd, "rb", closefd=False) as file:
+            data = file.read(MAX_KEY_FILE + 1)
+    finally:
+        os.close(fd)
     try:
         return parse_canonical(data.removesuffix(b"\n"))
     except ValueError as error:
@@ -1687,7 +1726,7 @@ class Seen:
             self.audit = max(self.audit, audit or self.audit)
             if header:
                 known = self.secrets.get(header["key"], [0, "", False])
-                if header["version"] >= known[0]:
+                if header["version"] > known[0]:
                     self.secrets[header["key"]] = [header["version"], hash_of("header", header), known[2] or header["owner"] != machine]
             if canonical([list(self.roster), list(self.audit), self.secrets]) != before:
                 self.save()
@@ -1701,6 +1740,10 @@ class Seen:
                 owned = self.secrets.get(key, [0, "", False])[2] or header["owner"] != machine
                 self.secrets[key] = [header["version"], hash_of("header", header), owned]
             self.save()
+
+    def ahead_of(self, key: str, entry: Row | None) -> bool:
+        """Whether a version was seen that is newer than the newest row."""
+        return bool(self.secrets.get(key, [0])[0] > (entry["version"] if entry else 0))
 
     def odd_version(self, header: Row) -> str | None:
         """Why this version of a secret cannot be the newest, after what was seen; or None."""
@@ -1820,9 +1863,12 @@ class Vault:
 
     def __init__(self, store: Store):
         self.store = store
+        store.overwrite_deleted()
         self.id = store.value(GET_VAULT) or ""
         if not self.id:
             raise LockedError("there is no vault yet", "make one: grace init")
+        if not VAULT_ID.fullmatch(self.id):
+            raise RefusedError("the vault's id is none")
         self.folder = vault_folder(self.id)
         document = read_private(os.path.join(self.folder, "machine.key"), "the machine's key")
         if document.get("format") != MACHINE_FILE or document.get("vault_id") != self.id:
@@ -2139,6 +2185,7 @@ DROP_WRAPS = "UPDATE consent_grants SET wrap = NULL WHERE consent_id = :id AND w
 EARLIER = """SELECT consent_status AS status, COUNT(*) AS n FROM secret_consent_records
   WHERE secret_key = :key AND json(request) -> 'claimed' ->> 'by' = :by AND consent_id <> :id GROUP BY consent_status"""
 MAX_PENDING, MAX_PENDING_EACH, DENIALS = 20, 5, 3
+LONGEST_GRANT = DAY  # whatever a request asks for
 REQUEST_SHAPE: Shape = {
     "format": TEXT, "vault_id": TEXT, "consent_id": TEXT, "key": TEXT, "version": NUMBER, "header": TEXT, "sealed": TEXT, "mode": TEXT,
     "ephemeral": (dict, type(None)), "claimed": (dict,), "reported": (dict,), "risk": TEXT, "user": MAYBE_TEXT, "created": NUMBER, "answer_by": NUMBER,
@@ -2527,8 +2574,8 @@ class Review:
         if (share is None) == bool(holders(self.header, group)):
             raise RefusedError(f"the part of {self.approver.name} is missing")
         grant = {"format": "grace-grant/1", "request": self.hash, "group": group, "approver": keys.fingerprint, "index": share["index"] if share else 0,
-                 "mode": self.request["mode"], "expires": now + self.request["grant_for"], "max_uses": 1, "leaf": head, "size": size, "head": head,
-                 "nonce": os.urandom(16).hex()}  # fmt: skip
+                 "mode": self.request["mode"], "expires": now + min(self.request["grant_for"], LONGEST_GRANT), "max_uses": 1,
+                 "leaf": head, "size": size, "head": head, "nonce": os.urandom(16).hex()}  # fmt: skip
         wrap = None
         if share is not None:
             info = share_info(self.request["header"], self.case["sealed"], group, keys.fingerprint, share["index"])
@@ -2680,6 +2727,7 @@ def redeem(vault: Vault, consent_id: str, keys: Keys | None, own_request: str | 
         header, sealed, parts = vault.store.write(lambda tx: claim_parts(tx, vault, consent_id, keys, own_request))
         value = open_value(header, sealed, parts)
     vault.learn_head(header)
+    shred(vault.store)
     return value
 
 
@@ -2754,11 +2802,13 @@ def prompt_lines(review: Review, seen: Row, elsewhere: bool) -> list[str]:
     header, request, now_risk = review.header, review.request, review.risk
     claimed, reported = request["claimed"], request["reported"]
     owner = person_of(review.roster, header["owner"]) or {"name": "this machine"}
+    until_used = format_duration(min(request["grant_for"], LONGEST_GRANT))
     lines = ["SEALED (signed by the owner, verified)",
              f"  secret    {header['key']}  version {header['version']}" + (f"  service {ascii_only(header['service'])}" if header["service"] else ""),
              f"  owner     {owner['name']}",
              f"  risk      {now_risk}" + (f"  (sealed as {header['risk']})" if now_risk != header["risk"] else ""),
-             f"  policy    {policy_text(header['policy'])}", f"  mode      {request['mode']}", f"  code      {review.code}"]  # fmt: skip
+             f"  policy    {policy_text(header['policy'])}", f"  mode      {request['mode']}, used within {until_used}",
+             f"  code      {review.code}"]  # fmt: skip
     lines += ["VERIFIED NOW by this process"]
     if elsewhere:
         lines += ["  nothing: the request comes from another machine"]
@@ -4810,8 +4860,10 @@ class Daemon:
                 self.look = True
                 self.say("repaired", {"links": mended})
             sweep_doors(self.store)
+            shred_if_due(self.store)
         over = self.store.value(NEXT_CONSENT_END)
         if over is not None and over <= clock():
+            self.store.overwrite_deleted()
             self.store.write(expire_consents)
         if now >= self.beat_at:
             self.beat_at = now + setting(self.store, "daemon.heartbeat_every") / 1000
@@ -6783,8 +6835,9 @@ def unlock(vault: Vault, name: str, source: str | None) -> Approver:
     """An approver of this vault, unlocked, who has seen no newer state of it than this one."""
     if not os.path.exists(os.path.join(vault.folder, f"{name}.key")):
         raise LockedError(f"the key of {name} is not on this machine", "carry the request there: grace consent export ID")
-    approver = Approver(name, vault.folder, vault.id, passphrase(source, name))
+    typed = passphrase(source, name)
     with refusals(vault.store, name, plain=False):
+        approver = Approver(name, vault.folder, vault.id, typed)
         approver.meet(vault.store.all(ROSTERS))
         if not extends(vault.store, approver.seen.audit):
             raise RefusedError("rolled back: the audit log is not the one that this approver has seen")
@@ -6795,7 +6848,9 @@ def open_vault(app: App) -> tuple[Store, Vault]:
     harden()
     store = app.store()
     with refusals(store, "vault", plain=False):
-        return store, Vault(store)
+        vault = Vault(store)
+    shred_if_due(store)
+    return store, vault
 
 
 @command("init", opt("--name", kind=APPROVER_NAME, help="The first approver [default: the login name]."), PASSPHRASE)
@@ -6958,7 +7013,7 @@ def approver_import(app: App, file: str) -> None:
     if len(parts) != 2:
         raise UsageError("FILE: this is no exported approver")
     vault_id, name = str(parts[0].get("vault_id")), str(parts[0].get("name"))
-    if not re.fullmatch(r"[0-9a-f]{16}", vault_id) or not NAME.fullmatch(name) or (parts[1].get("vault_id"), parts[1].get("name")) != (vault_id, name):
+    if not VAULT_ID.fullmatch(vault_id) or not NAME.fullmatch(name) or (parts[1].get("vault_id"), parts[1].get("name")) != (vault_id, name):
         raise UsageError("FILE: this is no exported approver")
     folder = vault_folder(vault_id)
     os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -7038,7 +7093,9 @@ def seal_next(vault: Vault, key: str, value: bytes, options: Row, owner: str | N
     store = vault.store
     entry = store.one(NEWEST_VERSION, key=key)
     with refusals(store, key, plain=False):
-        before = vault.checked(store, entry) if entry and entry["sealed"] is not None else None
+        if vault.seen.ahead_of(key, entry):
+            raise RefusedError(f"rolled back: a newer version of {key} was seen before")
+        before = vault.current(store, key)[1] if entry and entry["sealed"] is not None else None
     try:
         fields = next_header(vault.id, vault.roster, key, before, entry["version"] + 1 if entry else 1, options, clock())
     except ValueError as error:
@@ -7050,10 +7107,14 @@ def seal_next(vault: Vault, key: str, value: bytes, options: Row, owner: str | N
         stored: Row = store.write(lambda tx: store_version(tx, made, kind, None))
     else:
         approver = unlock(vault, choose_approver(vault, owner), source)
+        with refusals(store, key, plain=False):
+            if approver.seen.ahead_of(key, entry) or (before and approver.seen.odd_version(before)):
+                raise RefusedError(f"rolled back: {approver.name} has seen another version of {key}")
         made = seal(approver.keys, fields, value, vault.roster)
         stored = store.write(lambda tx: store_version(tx, made, kind, approver))
         approver.learn(audit_head(store), made["header"])
     vault.learn_head(made["header"])
+    shred(store)
     return secret_document(vault, stored)
 
 
@@ -7138,6 +7199,7 @@ def secret_reshare(app: App, key: str, policy: list[Row] | None, approver: tuple
     stored = store.write(lambda tx: store_version(tx, made, "reshared", people[0]))
     people[0].learn(audit_head(store), made["header"])
     vault.learn_head(made["header"])
+    shred(store)
     show_secret(app, secret_document(vault, stored))
 
 
@@ -7195,6 +7257,7 @@ def secret_remove(app: App, key: str) -> None:
     """Drop a secret's value for good; its history stays."""
     store, vault = open_vault(app)
     stored = store.write(lambda tx: remove_secret(tx, key))
+    shred(store)
     app.show(secret_document(vault, stored), lambda: write_out(f"{key} was removed; whoever has been given it still has it"))
 
 
@@ -7419,6 +7482,8 @@ def consent_store(app: App) -> Store:
     store = app.store()
     if not store.value(GET_VAULT):
         raise LockedError("there is no vault yet", "make one: grace init")
+    store.overwrite_deleted()
+    shred_if_due(store)
     if store.one(PENDING) or store.one(CONSENTS_OVER, now=clock()):
         store.write(expire_consents)
     return store
@@ -7546,12 +7611,12 @@ def twins(store: Store, row: Row) -> list[Row]:
 def sign_and_record(vault: Vault, review: Review, groups: list[str], seen: Row, note: str | None, source: str | None) -> Row:
     """Sign for each group, with the passphrase once more for each further one, and record the grants."""
     name, signed = review.approver.name, []
-    for number, group in enumerate(groups):
-        if number and source != "-":
-            unlock(vault, name, source)
-        signed.append(review.sign(group, clock()))
     observed = {**seen, "approver": name, **({"note": note} if note else {})}
     with refusals(vault.store, review.case["consent_id"], plain=False):
+        for number, group in enumerate(groups):
+            if number and source != "-":
+                unlock(vault, name, source)
+            signed.append(review.sign(group, clock()))
         row: Row = vault.store.write(lambda tx: record_grants(tx, vault, review.case["consent_id"], signed, observed))
     review.learn()
     vault.learn_head(review.header)
@@ -7605,7 +7670,10 @@ def approve_elsewhere(app: App, source: str, out: str | None, group: str | None,
     except ValueError as error:
         raise UsageError(f"--in: {error}") from None
     harden()
-    folder = vault_folder(str(re.sub(r"[^0-9a-f]", "", str(request_of(case["request"])["vault_id"]))))
+    vault_id = request_of(case["request"])["vault_id"]
+    if not VAULT_ID.fullmatch(vault_id):
+        raise RefusedError("this is no exported request")
+    folder = vault_folder(vault_id)
     here = sorted(file.removesuffix(".key") for file in os.listdir(folder) if file.endswith(".key") and file != "machine.key") if os.path.isdir(folder) else []
     if name is None and len(here) != 1:
         raise UsageError(
@@ -7678,10 +7746,12 @@ def consent_revoke(app: App, id: str | None, key: str | None, action: str | None
     if (id is None) == (key is None) or (action is not None and key is None):
         raise UsageError("name a consent's ID, or --secret KEY with or without --action")
     store = consent_store(app)
+    rows = store.write(lambda tx: [revoke(tx, id, reason)] if id is not None else revoke_all(tx, str(key), action, reason))
+    shred(store)
     if id is not None:
-        show_consent(app, store, store.write(lambda tx: revoke(tx, id, reason)))
+        show_consent(app, store, rows[0])
     else:
-        show_consents(app, store, store.write(lambda tx: revoke_all(tx, str(key), action, reason)), "nothing was open for it")
+        show_consents(app, store, rows, "nothing was open for it")
 
 
 def await_answer(store: Store, consent_id: str, timeout_ms: int | None) -> Row:
@@ -7850,7 +7920,8 @@ def audit_verify(app: App, approver: str | None, passphrase_file: str | None) ->
     if passphrase_file is not None:
         name = choose_approver(vault, approver)
         harden()
-        pins[name] = Approver(name, vault.folder, vault.id, passphrase(passphrase_file, name)).seen.audit
+        with refusals(store, name, plain=False):
+            pins[name] = Approver(name, vault.folder, vault.id, passphrase(passphrase_file, name)).seen.audit
     done = verify_log(store, vault.roster, pins)
 
     def plain() -> None:
@@ -7891,7 +7962,8 @@ def audit_anchor(app: App, approver: str | None, passphrase_file: str | None, ac
     """Sign the log as it is now. After a restored copy of the database, --accept makes it the one that counts."""
     store, vault = open_vault(app)
     name = choose_approver(vault, approver)
-    person = Approver(name, vault.folder, vault.id, passphrase(passphrase_file, name)).meet(store.all(ROSTERS))
+    with refusals(store, name, plain=False):
+        person = Approver(name, vault.folder, vault.id, passphrase(passphrase_file, name)).meet(store.all(ROSTERS))
     before = {"machine": list(vault.seen.audit), name: list(person.seen.audit)}
     intact = extends(store, vault.seen.audit) and extends(store, person.seen.audit)
     if not intact and not accept:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
 import re
+import select
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import GRACE, LIMIT, ROOT, Place, need
+from tests.conftest import GRACE, LIMIT, ROOT, Place, need, until
 
 README = (ROOT / "README.md").read_text()
 
@@ -65,6 +71,75 @@ def test_external_worker(place: Place) -> None:
     subprocess.run(["bash", "-eu", "-c", work], cwd=place.folder, env=environment, check=True, capture_output=True)
     task = place.task(task_id)
     assert (task["status"], task["result"], task["sla_ms"]) == ("completed", {"words": 812}, 600_000)
+
+
+def typed(command: str, place: Place, answers: dict[str, str]) -> tuple[int, str]:
+    """Run a command of the README on a terminal of its own, answering its prompts; its status and what it showed."""
+    environment = {**place.environment, "PATH": f"{Path(GRACE).parent}:{place.environment['PATH']}", "USER": "root", "TOKEN": "canary-7781"}
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.chdir(place.folder)
+        os.execvpe("bash", ["bash", "-euo", "pipefail", "-c", command], environment)
+    shown, answered, deadline = b"", 0, time.monotonic() + LIMIT
+    with contextlib.suppress(OSError):  # the terminal is gone when the command is
+        while time.monotonic() < deadline:
+            if not select.select([fd], [], [], 1.0)[0]:
+                continue
+            data = os.read(fd, 4096)
+            if not data:
+                break
+            shown += data
+            for prompt, answer in answers.items():
+                at = shown.find(prompt.encode(), answered)
+                if at >= 0:
+                    answered = at + len(prompt)
+                    os.write(fd, answer.encode() + b"\n")
+    os.close(fd)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), shown.decode(errors="replace")
+
+
+def test_from_init_to_an_approved_exec(place: Place) -> None:
+    """The README alone leads from nothing to a command that gets a secret because a person at a terminal said yes."""
+    need("bash", "jq")
+    setup, ask, answer = [block for block in blocks("sh") if "grace init" in block or "grace exec" in block or "consent approve" in block]
+    phrases = {"Passphrase of root: ": "correct horse", "The same again: ": "correct horse", "Type yes to approve: ": "yes"}
+    status, shown = typed(setup, place, phrases)
+    assert status == 0 and "canary-7781" not in shown, shown
+    environment = {**place.environment, "PATH": f"{Path(GRACE).parent}:{place.environment['PATH']}"}
+    with subprocess.Popen(["bash", "-c", ask], cwd=place.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        until(lambda: place.json("consent", "pending"), "the request")
+        status, shown = typed(answer, place, phrases)
+        out, err = process.communicate(timeout=LIMIT)
+    assert status == 0, shown
+    assert (process.returncode, out) == (0, "11 characters\n"), err
+    code = re.search(r"code (\S+);", err)
+    assert code and code[1] in shown
+    order = [shown.index(word) for word in ("SEALED", "VERIFIED NOW", "REPORTED", "CLAIMED", "BEFORE")]
+    assert order == sorted(order)
+    check_log(place)
+
+
+def check_log(place: Place) -> None:
+    """The README's verifier agrees with an untouched log, and finds a leaf that was changed or cut, and a forged signature."""
+    (script,) = [block for block in blocks("python") if "Ed25519PublicKey" in block]
+    assert len(script.splitlines()) <= 60
+    (place.folder / "verify.py").write_text(script)
+    lines = place.ok("audit", "export").out.splitlines()
+
+    def verify(changed: list[str]) -> tuple[int, str]:
+        (place.folder / "log.jsonl").write_text("\n".join(changed) + "\n")
+        done = subprocess.run([sys.executable, "verify.py", "log.jsonl"], cwd=place.folder, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout
+
+    leaves = [n for n, line in enumerate(lines) if '"leaf"' in line[:20]]
+    status, said = verify(lines)
+    assert status == 0 and f"{len(leaves)} leaves, anchored" in said
+    edited = [line.replace("shop_token", "shop_t0ken") for line in lines]
+    cut = [line for n, line in enumerate(lines) if n not in leaves[2:]]
+    forged = [line.replace('"signature": "', '"signature": "A') for line in lines]
+    for changed, finding in ((edited, "was changed"), (cut, "cut or rewritten"), (forged, "does not hold")):
+        status, said = verify(changed)
+        assert status == 1 and finding in said, said
 
 
 def test_every_setting_and_topic_is_real(module: object) -> None:

@@ -1,0 +1,1110 @@
+"""The vault as its user sees it, and as somebody attacks who holds its files: keys, seals, people, the audit log.
+
+The attacker here writes to the real file, drops the triggers that stand in his way, and has the program's own functions.
+What he changes must be refused with exit 5, leave nothing of a value in any output, and be in the log. (He opens the file
+with apsw because this process does: two SQLite libraries in one process would undo each other's locks.)
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import apsw
+import pytest
+
+from tests.conftest import Place, Result
+
+Row = dict[str, Any]
+WORDS = {"olga": b"olga's quiet sentence", "anna": b"anna counts the geese", "ben": b"ben walks to the mill"}
+VALUES = {"open": b"LOW-value-3fq81-canary", "mid": b"MID-value-9zk27-canary", "grave": b"HIGH-value-5tr63-canary", "pair": b"PAIR-value-8xw14-canary"}
+OLD_MID = b"OLD-value-2hb90-canary"
+ALL_VALUES = (*VALUES.values(), OLD_MID)
+
+
+# ---- the vault that the tests share, and fresh copies of it
+
+
+def word_file(place: Place, name: str) -> str:
+    """The file with an approver's passphrase."""
+    path = place.folder / f"{name}.word"
+    if not path.exists():
+        path.write_bytes(WORDS[name] + b"\n")
+        path.chmod(0o600)
+    return str(path)
+
+
+def as_olga(place: Place) -> tuple[str, ...]:
+    return ("--owner", "olga", "--passphrase-file", word_file(place, "olga"))
+
+
+def signed_as(place: Place, name: str) -> tuple[str, ...]:
+    return ("--approver", name, "--passphrase-file", word_file(place, name))
+
+
+def copy_rows(source: Path, target: Path) -> None:
+    """A consistent copy of a database in one file, as a backup program makes it."""
+    with contextlib.closing(apsw.Connection(str(source))) as old, contextlib.closing(apsw.Connection(str(target))) as new:
+        with new.backup("main", old, "main") as work:
+            work.step()
+        new.pragma("journal_mode", "wal")
+    target.chmod(0o600)
+
+
+def fetch(db: Path, sql: str, *params: Any) -> list[tuple[Any, ...]]:
+    with contextlib.closing(apsw.Connection(str(db))) as con:
+        return list(con.execute(sql, params))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """Three approvers, four secrets of several risks, and beside them `early.db`: a backup before `mid` got its second value."""
+    place = Place(tmp_path_factory.mktemp("vault"))
+    place.ok("config", "set", "vault.argon2_memory", "67108864")
+    place.ok("init", "--name", "olga", "--passphrase-file", word_file(place, "olga"))
+    for name, roles in (("anna", ("user",)), ("ben", ("user", "governance"))):
+        place.ok("approver", "add", name, *(word for role in roles for word in ("--role", role)), "--new-passphrase-file", word_file(place, name),
+                 *signed_as(place, "olga"))  # fmt: skip
+    place.ok("secret", "set", "open", "--risk", "low", "--service", "weather", stdin=VALUES["open"] + b"\n")
+    place.ok("secret", "set", "mid", "--service", "shop", *as_olga(place), stdin=OLD_MID)
+    copy_rows(place.db, place.folder / "early.db")
+    place.ok("secret", "set", "mid", *as_olga(place), stdin=VALUES["mid"])
+    place.ok("secret", "set", "grave", "--risk", "high", "--action-risk", "delete=critical", *as_olga(place), stdin=VALUES["grave"])
+    place.ok("secret", "set", "pair", "--policy", "user:2of3", *as_olga(place), stdin=VALUES["pair"])
+    yield place
+    place.close()
+
+
+@pytest.fixture
+def vault_place(world: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    """A copy of that vault to be changed at will: database and key files. Functions called in this process find its keys."""
+    folder = tmp_path / "copy"
+    shutil.copytree(world.folder, folder, symlinks=True, ignore=shutil.ignore_patterns("grace.db*", "grace"))
+    shutil.copytree(world.folder / ".config", folder / ".config", dirs_exist_ok=True)
+    copy_rows(world.db, folder / "grace.db")
+    place = Place(folder)
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    yield place
+    place.close()
+
+
+def keys_folder(place: Place) -> Path:
+    """Where this vault's key files are."""
+    (folder,) = (place.folder / ".config" / "grace").iterdir()
+    return folder
+
+
+@contextlib.contextmanager
+def opened(module: Any, place: Place) -> Iterator[Any]:
+    """The real store on the real file, in this process."""
+    store = module.Store(str(place.db), "test")
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def asked(module: Any, store: Any, key: str, action: str = "use", risk: str | None = None, mode: str = "once") -> Any:
+    """A request for a secret, filed as `secret get` files it; what does not verify is refused and recorded."""
+    with module.refusals(store, "vault", plain=False):
+        vault = module.Vault(store)
+    return module.ask_for(vault, module.ask_spec(key, action, "a test", "tester", None, risk, "{}", 60_000, mode))
+
+
+def leaves(store: Any, kind: str = "") -> list[Row]:
+    return [json.loads(row["leaf"]) for row in store.all("SELECT leaf FROM audit_log ORDER BY seq") if kind in row["leaf"]]
+
+
+def cause_of(module: Any, place: Place, key: str, risk: str | None = None) -> str:
+    """Why a request for a secret is refused: the cause in the newest leaf. Fails when it is not refused, or tells the requester why."""
+    with opened(module, place) as store:
+        before = store.value("SELECT MAX(seq) FROM audit_log")
+        with pytest.raises(module.DeniedError) as refusal:
+            asked(module, store, key, risk=risk)
+        assert refusal.value.exit_code == 5
+        new = [json.loads(row["leaf"]) for row in store.all("SELECT leaf FROM audit_log WHERE seq > :seq ORDER BY seq", seq=before)]
+        assert [leaf["kind"] for leaf in new][-1:] == ["vault.refused"], new
+        assert key == "open" or not any(leaf["kind"] == "consent.approved" for leaf in new)
+        return str(new[-1]["facts"]["cause"])
+
+
+def low_still_opens(module: Any, place: Place) -> None:
+    with opened(module, place) as store:
+        assert asked(module, store, "open").value() == VALUES["open"]
+
+
+def canonical(value: Any) -> str:
+    """Canonical JSON, written without grace."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def statement(label: str, value: Any) -> bytes:
+    return f"grace/{label}/1\n{canonical(value)}".encode()
+
+
+def hash_of(label: str, value: Any) -> str:
+    return hashlib.sha256(statement(label, value)).hexdigest()
+
+
+@contextlib.contextmanager
+def attacking(db: Path, put_back: bool = True) -> Iterator[apsw.Connection]:
+    """A stranger's connection to the file without the triggers, which are there again afterwards."""
+    with contextlib.closing(apsw.Connection(str(db))) as con:
+        triggers = con.execute("SELECT name, sql FROM sqlite_schema WHERE type = 'trigger'").fetchall()
+        con.execute("BEGIN")
+        for name, _ in triggers:
+            con.execute(f"DROP TRIGGER {name}")
+        yield con
+        for _, text in triggers if put_back else ():
+            con.execute(text)
+        con.execute("COMMIT")
+
+
+def header_of(place: Place, key: str, version: int | None = None) -> Row:
+    rows = fetch(place.db, "SELECT header FROM secret_entries WHERE secret_key = ? AND version = COALESCE(?, version) ORDER BY version DESC", key, version)
+    return dict(json.loads(rows[0][0]))
+
+
+def put_header(place: Place, key: str, header: Row, signature: bytes | None = None, sealed: bytes | None = None) -> None:
+    """Replace the header of a secret's newest version, and its signature and sealed value where given."""
+    with attacking(place.db) as con:
+        con.execute("UPDATE secret_entries SET header = ?, signature = COALESCE(?, signature), sealed = COALESCE(?, sealed) "
+                    "WHERE secret_key = ? AND sealed IS NOT NULL", (canonical(header), signature, sealed, key))  # fmt: skip
+
+
+# ---- pure parts: sharing a key, policies, canonical text
+
+
+@pytest.mark.parametrize("members", range(1, 8))
+def test_any_subset_that_is_large_enough_gives_the_part_and_no_smaller_one(module: Any, members: int) -> None:
+    """For each threshold and each subset of up to seven members; too few are refused, and so is an index outside the group."""
+    for threshold in range(1, members + 1):
+        for part in (os.urandom(32), bytes(32), b"\xff" * 32):
+            shares = dict(enumerate(module.split_part(part, threshold, members), 1))
+            assert len(shares) == members
+            for size in range(members + 1):
+                for chosen in itertools.combinations(shares, size):
+                    some = {index: shares[index] for index in chosen}
+                    if size >= threshold:
+                        assert module.join_part(some, threshold, members) == part
+                    else:
+                        with pytest.raises(ValueError, match="too few"):
+                            module.join_part(some, threshold, members)
+        moved = {index + members: share for index, share in shares.items()}
+        with pytest.raises(ValueError, match="too few"):
+            module.join_part(moved, threshold, members)
+
+
+def test_fewer_shares_than_the_threshold_tell_nothing_of_the_part(module: Any) -> None:
+    """Whatever part there is, some polynomial or pad explains the shares that one member short holds: two parts, same look."""
+    for threshold, members in ((2, 3), (3, 5), (4, 7), (3, 3)):
+        rounds = [module.split_part(bytes(32), threshold, members) for _ in range(40)]
+        for index in range(members):
+            assert len({shares[index] for shares in rounds}) == 40, "a share repeats although the part is the same"
+            assert bytes(32) not in {shares[index][-32:] for shares in rounds}
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("user:1", [("user", 1, None, None)]), ("user:2of3", [("user", 2, 3, None)]), ("  user : 1 &governance : 2 of 3 ", [("user", 1, None, None), ("governance", 2, 3, None)]),
+    ("user:1(anna,ben)", [("user", 1, None, ["anna", "ben"])]), ("governance:2( anna , ben )", [("governance", 2, None, ["anna", "ben"])]),
+    ("user:32of32", [("user", 32, 32, None)])])  # fmt: skip
+def test_policies_are_read(module: Any, text: str, expected: list[tuple[Any, ...]]) -> None:
+    """Groups with thresholds, sizes and names, however spaced."""
+    assert [(p["group"], p["threshold"], p["of"], p["names"]) for p in module.parse_policy(text)] == expected
+
+
+@pytest.mark.parametrize("text", [
+    "", " ", "user", "user:", "user:0", "user:-1", "user:true", "user:1.0", "user:2of1", "user:0of3", "user:1 & user:1", "boss:1", "machine:1", "user:1 &",
+    "& user:1", "user:1 governance:1", "user:1, governance:1", "user:3(anna,ben)", "user:2(anna,anna)", "user:1of", "user:1of2of3", "USER:1",
+    "user:1 | governance:1", "user:٣", "user:1(anna", "user:1000", "user:1()"])  # fmt: skip
+def test_words_that_are_no_policy_are_refused(module: Any, text: str) -> None:
+    """With the part that is wrong, never read as something else."""
+    with pytest.raises(ValueError, match=r"\S"):
+        module.parse_policy(text)
+
+
+def group(threshold: Any = 1, members: Any = ("a", "b"), name: Any = "user", **more: Any) -> Row:
+    return {"group": name, "threshold": threshold, "members": list(members) if isinstance(members, tuple) else members, **more}
+
+
+ODD_POLICIES = [
+    None, [], "user:1", {}, {"all": []}, {"all": None}, {"all": {}}, {"any": [group()]}, {"all": [group()], "more": 1}, {"all": ["user"]}, {"all": [None]},
+    {"all": [group(0)]}, {"all": [group(-1)]}, {"all": [group(True)]}, {"all": [group(False)]}, {"all": [group(3)]}, {"all": [group(1.0)]}, {"all": [group("1")]},
+    {"all": [group(None)]}, {"all": [group([1])]}, {"all": [group(10**30)]}, {"all": [group(1, ())]}, {"all": [group(1, "ab")]}, {"all": [group(1, None)]},
+    {"all": [group(1, ("a", "a"))]}, {"all": [group(2, ("a", "b", "a"))]}, {"all": [group(1, ("a", 1))]}, {"all": [group(1, ("a", None))]},
+    {"all": [group(1, ("a", ["b"]))]}, {"all": [group(1, tuple(f"m{n}" for n in range(33)))]}, {"all": [group(name="boss")]}, {"all": [group(name="")]},
+    {"all": [group(name=None)]}, {"all": [group(name="User")]}, {"all": [group(), group()]}, {"all": [group(), group(name="governance", threshold=0)]},
+    {"all": [group(weight=2)]}, {"all": [{"group": "user", "threshold": 1}]}]  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", ODD_POLICIES, ids=[str(n) for n in range(len(ODD_POLICIES))])
+def test_a_policy_that_cannot_be_obeyed_is_called_odd(module: Any, policy: Any) -> None:
+    """Thresholds of 0, below, true or above the members, empty or double groups, doubles in them, unknown parts, no part."""
+    assert module.odd_policy(policy)
+
+
+def test_a_plain_policy_is_not_odd(module: Any) -> None:
+    """So that the test before this one can fail."""
+    for policy in ({"all": [group()]}, {"all": [group(2)]}, {"all": [group(), group(name="governance", members=("a",))]}, {"all": [group(name="machine")]}):
+        assert module.odd_policy(policy) is None
+
+
+def test_the_highest_risk_counts_and_an_unknown_word_is_critical(module: Any) -> None:
+    """Of several levels the highest; nothing known, an unknown word, another case: critical."""
+    levels = ["low", "medium", "high", "critical"]
+    for chosen in itertools.product([None, *levels], repeat=3):
+        known = [level for level in chosen if level is not None]
+        assert module.highest_risk(*chosen) == (max(known, key=levels.index) if known else "critical")
+    for odd in ("", "none", "LOW", "low ", "0", "trivial", 0, True, [], {"low": 1}):
+        assert module.highest_risk("low", odd) == "critical"
+    assert module.highest_risk() == "critical"
+
+
+def test_canonical_text_has_one_spelling(module: Any) -> None:
+    """Sorted, ASCII, without spaces, the same as the one written here without grace; and it is read back as it was."""
+    for value in ({}, {"b": 1, "a": [True, None, -5, "ä\u2028\x01\"\\/"], "ä": {"z": {}, "y": []}}, {"n": 10**30}, {"a": "\U0001f9a2"}):
+        assert module.canonical(value) == canonical(value).encode()
+        assert module.parse_canonical(canonical(value)) == value
+
+
+@pytest.mark.parametrize("value", [1.0, {"a": 0.5}, [{"a": [1, 2.0]}], {"a": float("nan")}, {"a": (1,)}, {"a": b"x"}, {"a": {1}}, {1.5: 1}])
+def test_what_has_no_single_spelling_cannot_be_signed(module: Any, value: Any) -> None:
+    """Fractions, tuples, bytes, sets: refused, however deep."""
+    with pytest.raises(ValueError, match="whole numbers"):
+        module.canonical(value)
+
+
+@pytest.mark.parametrize("text", [
+    "", "{", "[]", "1", "null", '{"a":1.0}', '{"a":1e2}', '{"a":-0}', '{"a":01}', '{"b":1,"a":2}', '{"a":1,"a":1}', '{"a": 1}', '{"a":1} ', '\n{"a":1}', '{"a":"ä"}',
+    '{"a":"\\/"}', '{"a":"\\u0041"}', '{"a":"\\u00E4"}', '{"a":NaN}', '{"a":Infinity}', '{"a":"\\ud800"}', '{"a":1}{}', "\ufeff{}", b'{"a":"\xff"}'])  # fmt: skip
+def test_another_spelling_is_refused(module: Any, text: str | bytes) -> None:
+    """So that nothing that was signed can be written in two ways."""
+    with pytest.raises(ValueError, match=r"\S"):
+        module.parse_canonical(text)
+
+
+def test_a_padded_value_comes_back_whole_and_tells_little_of_its_length(module: Any) -> None:
+    """Multiples of 256 bytes, also for values that end in zeros."""
+    for length in (1, 2, 251, 252, 253, 256, 1000, 65536):
+        for value in (bytes(length), b"\xff" * length):
+            padded = module.pad(value)
+            assert len(padded) % 256 == 0
+            assert module.unpad(padded) == value
+    assert len(module.pad(b"a")) == len(module.pad(b"a" * 200))
+
+
+# ---- seals
+
+
+def changes_of(header: Row) -> list[tuple[str, Any]]:
+    """For each field of a header, values that it did not have when it was signed."""
+    user = header["policy"]["all"][0]
+    other = {name: [*user["members"]] for name in ("members",)}["members"][::-1]
+    changed: list[tuple[str, Any]] = [
+        ("format", "grace-secret/2"), ("vault_id", "0" * 16), ("key", "mie"), ("service", "shoq"), ("service", None), ("type", "password"),
+        ("username", "root"), ("version", header["version"] + 1), ("version", header["version"] - 1), ("risk", "low"), ("risk", "high"), ("risk", "none"),
+        ("action_risks", {"use": "low"}), ("owner", "0" * 64), ("created", header["created"] + 1), ("suite", header["suite"][:-1]), ("suite", "X25519"),
+        ("commitment", "0" * 64), ("same_person", not header["same_person"]), ("allow_standing", not header["allow_standing"]), ("expires", 1), ("expires", 2**62),
+        ("rotate_every", 1), ("rotate_with", "work"), ("policy", {"all": []}), ("policy", {"all": [{**user, "threshold": 0}]}),
+        ("policy", {"all": [{**user, "threshold": True}]}), ("policy", {"all": [{**user, "threshold": 9}]}), ("policy", {"all": [{**user, "members": other}]}),
+        ("policy", {"all": [{**user, "members": user["members"][:1]}]}), ("policy", {"all": [{**user, "group": "machine"}]}),
+        ("policy", {"all": [user, {**user, "group": "governance"}]})]  # fmt: skip
+    for name, value in header.items():
+        changed += [(name, odd) for odd in ([], {"a": 1}, None, 7, "7", True) if type(odd) is not type(value) and not (name == "policy" and odd == [])]
+    return changed
+
+
+def test_each_field_of_a_header_is_under_its_seal(module: Any, vault_place: Place) -> None:
+    """Any other value, re-spelled canonically: refused, with the cause in the log; low risk is untouched by it."""
+    header = header_of(vault_place, "mid")
+    changed = [(name, value) for name, value in changes_of(header) if header[name] != value]
+    assert {name for name, _ in changed} == set(header)
+    words = "the seal of|not of this vault|stranger|policy|threshold|shape|member|machine|group|older than|another one"
+    for name, value in changed:
+        put_header(vault_place, "mid", {**header, name: value})
+        assert re.search(words, cause_of(module, vault_place, "mid")), (name, value)
+    low_still_opens(module, vault_place)
+    put_header(vault_place, "mid", header)
+    with opened(module, vault_place) as store:
+        assert asked(module, store, "mid").consent_id, "the header as it was signed is taken"
+
+
+def test_a_field_more_or_less_or_another_spelling_is_refused(module: Any, vault_place: Place) -> None:
+    """A header has exactly its fields, in one spelling."""
+    header = header_of(vault_place, "mid")
+    for name in header:
+        put_header(vault_place, "mid", {key: value for key, value in header.items() if key != name})
+        assert "shape" in cause_of(module, vault_place, "mid")
+    put_header(vault_place, "mid", {**header, "note": None})
+    assert "shape" in cause_of(module, vault_place, "mid")
+    for text in (json.dumps(header), canonical(header) + " ", json.dumps(dict(reversed(header.items())), separators=(",", ":")), "[]", "7", "null", '"text"', "{}"):
+        with attacking(vault_place.db) as con:
+            con.execute("UPDATE secret_entries SET header = ? WHERE secret_key = 'mid' AND sealed IS NOT NULL", (text,))
+        assert re.search("canonical|shape", cause_of(module, vault_place, "mid")), text
+
+
+def test_fields_swapped_with_another_secrets_are_refused(module: Any, vault_place: Place) -> None:
+    """One field after the other, then header, sealed value and signature in all combinations."""
+    header, other = header_of(vault_place, "mid"), header_of(vault_place, "grave")
+    for name in header:
+        if header[name] != other[name]:
+            put_header(vault_place, "mid", {**header, name: other[name]})
+            assert re.search("the seal of|holds another secret|policy", cause_of(module, vault_place, "mid")), name
+    get = "SELECT header, sealed, signature FROM secret_entries WHERE secret_key = ? ORDER BY version DESC"
+    mine, theirs = fetch(vault_place.db, get, "mid")[0], fetch(vault_place.db, get, "grave")[0]
+    mine = (canonical(header), *mine[1:])
+    for choice in itertools.product((0, 1), repeat=3):
+        if any(choice):
+            mixed = [(mine, theirs)[which][column] for column, which in enumerate(choice)]
+            with attacking(vault_place.db) as con:
+                con.execute("UPDATE secret_entries SET header = ?, sealed = ?, signature = ? WHERE secret_key = 'mid' AND sealed IS NOT NULL", mixed)
+            cause = cause_of(module, vault_place, "mid")
+            assert ("holds another secret" if all(choice) else "the seal of") in cause, choice
+    low_still_opens(module, vault_place)
+
+
+def test_a_changed_byte_of_value_or_signature_is_refused(module: Any, vault_place: Place) -> None:
+    """First, last, middle, cut off, added; low risk as well."""
+    for key in ("mid", "open"):
+        row = fetch(vault_place.db, "SELECT sealed, signature FROM secret_entries WHERE secret_key = ? AND sealed IS NOT NULL", key)[0]
+        for column, data in zip(("sealed", "signature"), row, strict=True):
+            odd = [bytes([*data[:n], data[n] ^ 1, *data[n + 1 :]]) for n in (0, 11, 12, 31, 32, len(data) // 2, len(data) - 1)]
+            odd += [data[:-1], data + b"\0", b"x"] if column == "sealed" else [bytes(64)]
+            for changed in odd:
+                with attacking(vault_place.db) as con:
+                    con.execute(f"UPDATE secret_entries SET {column} = ? WHERE secret_key = ? AND sealed IS NOT NULL", (changed, key))
+                assert "the seal of" in cause_of(module, vault_place, key)
+            with attacking(vault_place.db) as con:
+                con.execute(f"UPDATE secret_entries SET {column} = ? WHERE secret_key = ? AND sealed IS NOT NULL", (data, key))
+    low_still_opens(module, vault_place)
+
+
+def stolen(module: Any, place: Place) -> tuple[Any, Row]:
+    """What somebody has who reads the machine's key: its keys, and the newest roster."""
+    document = json.loads((keys_folder(place) / "machine.key").read_bytes())
+    roster = json.loads(fetch(place.db, "SELECT document FROM vault_rosters ORDER BY number DESC")[0][0])
+    return module.Keys(base64.b64decode(document["private"])), roster
+
+
+def forge(module: Any, place: Place, keys: Any, name: str, **fields: Any) -> None:
+    """Seal a value of the attacker's choice with his keys and put it in the place of a secret's newest version, whole."""
+    _, roster = stolen(module, place)
+    header = {**header_of(place, name), **fields}
+    made = module.seal(keys, {field: value for field, value in header.items() if field not in ("owner", "suite", "commitment")}, b"forged", roster)
+    header = {**made["header"], **{field: fields[field] for field in ("owner",) if field in fields}}
+    signature = keys.sign(statement("seal", [hash_of("header", header), hashlib.sha256(made["sealed"]).hexdigest()]))
+    with attacking(place.db) as con:
+        con.execute("UPDATE secret_entries SET header = ?, sealed = ?, signature = ?, version = ? WHERE secret_key = ? AND sealed IS NOT NULL",
+                    (canonical(header), made["sealed"], signature, header["version"], name))  # fmt: skip
+        con.execute("DELETE FROM secret_shares WHERE secret_key = ?", (name,))
+        for share in made["shares"]:
+            con.execute("INSERT INTO secret_shares (secret_key, version, group_name, member, share_index, wrap) VALUES (?, ?, ?, ?, ?, ?)",
+                        (name, header["version"], share["group"], share["member"], share["index"], share["wrap"]))  # fmt: skip
+
+
+def test_a_seal_by_an_attackers_own_key_is_refused(module: Any, vault_place: Place) -> None:
+    """Under his own name or the owner's, for the same version or a newer one, for a known secret."""
+    own, owner = module.Keys.new(), header_of(vault_place, "mid")["owner"]
+    for fields, expected in (({}, "stranger"), ({"owner": owner}, "the seal of"), ({"version": 3}, "stranger"), ({"version": 3, "owner": owner}, "the seal of")):
+        forge(module, vault_place, own, "mid", **fields)
+        assert expected in cause_of(module, vault_place, "mid")
+    low_still_opens(module, vault_place)
+
+
+def machine_policy(place: Place) -> Row:
+    return dict(header_of(place, "open")["policy"])
+
+
+@pytest.mark.parametrize("risk", ["medium", "high", "critical", "none", "LOW"])
+def test_the_machine_seals_low_risk_only(module: Any, vault_place: Place, risk: str) -> None:
+    """Whoever has the machine's key cannot put a value of his under a name of higher risk, whatever policy he writes."""
+    machine, _ = stolen(module, vault_place)
+    for policy in (header_of(vault_place, "mid")["policy"], machine_policy(vault_place)):
+        forge(module, vault_place, machine, "mid", risk=risk, policy=policy)
+        assert re.search("low risk only|odd policy", cause_of(module, vault_place, "mid"))
+
+
+def test_the_machine_cannot_take_over_a_name_that_an_owner_had_sealed(module: Any, vault_place: Place) -> None:
+    """No downgrade to low: not with older versions there, not with all of them deleted, not for the same version."""
+    machine, _ = stolen(module, vault_place)
+    low = {"risk": "low", "policy": machine_policy(vault_place)}
+    forge(module, vault_place, machine, "mid", **low, version=3)
+    assert "although an approver had sealed it" in cause_of(module, vault_place, "mid")
+    with attacking(vault_place.db) as con:
+        con.execute("DELETE FROM secret_entries WHERE secret_key = 'mid' AND version < 3")
+    assert "although an approver had sealed it" in cause_of(module, vault_place, "mid")
+
+
+def test_nor_after_the_secret_was_removed(module: Any, vault_place: Place) -> None:
+    """What an owner once sealed never becomes a low-risk name: neither by its user's mistake nor by a stranger's row."""
+    vault_place.ok("secret", "remove", "mid")
+    again = vault_place.call("secret", "set", "mid", "--risk", "low", stdin=b"value")
+    assert again.status == 4, again.err
+    machine, _ = stolen(module, vault_place)
+    for version in (3, 1):
+        forge(module, vault_place, machine, "open", risk="low", key="mid", version=version)
+        with attacking(vault_place.db) as con:
+            con.execute("DELETE FROM secret_entries WHERE secret_key = 'mid'")
+            con.execute("UPDATE secret_entries SET secret_key = 'mid' WHERE secret_key = 'open'")
+            con.execute("UPDATE secret_shares SET secret_key = 'mid' WHERE secret_key = 'open'")
+        assert re.search("although an approver had sealed it", cause_of(module, vault_place, "mid"))
+        with attacking(vault_place.db) as con:
+            con.execute("UPDATE secret_entries SET secret_key = 'open' WHERE secret_key = 'mid'")
+            con.execute("UPDATE secret_shares SET secret_key = 'open' WHERE secret_key = 'mid'")
+
+
+def test_a_low_secret_can_be_forged_by_the_machines_key_but_not_by_another(module: Any, vault_place: Place) -> None:
+    """The limit that the documentation admits: who has the machine's key, has low risk. Nobody else has."""
+    forge(module, vault_place, module.Keys.new(), "open")
+    assert "stranger" in cause_of(module, vault_place, "open")
+    machine, _ = stolen(module, vault_place)
+    forge(module, vault_place, machine, "open", version=2)
+    with opened(module, vault_place) as store:
+        assert asked(module, store, "open").value() == b"forged"
+
+
+def test_an_owners_header_with_a_machine_part_or_low_risk_is_refused(module: Any, vault_place: Place) -> None:
+    """Such a seal is made by no program of ours, even when its signature is right."""
+    with opened(module, vault_place) as store:
+        owner = module.unlock(module.Vault(store), "olga", word_file(vault_place, "olga"))
+    for fields in ({"risk": "low"}, {"policy": machine_policy(vault_place)}, {"risk": "low", "policy": machine_policy(vault_place)}):
+        forge(module, vault_place, owner.keys, "mid", version=3, **fields)
+        assert "odd policy" in cause_of(module, vault_place, "mid")
+
+
+def test_rows_of_another_vault_are_refused(module: Any, vault_place: Place, tmp_path: Path) -> None:
+    """A secret of the same name, sealed by an approver of the same name with the same passphrase, copied over whole."""
+    (tmp_path / "other").mkdir()
+    other = Place(tmp_path / "other")
+    other.ok("config", "set", "vault.argon2_memory", "67108864")
+    other.ok("init", "--name", "olga", "--passphrase-file", word_file(other, "olga"))
+    for _ in range(3):
+        other.ok("secret", "set", "mid", *as_olga(other), stdin=b"foreign")
+    entry = fetch(other.db, "SELECT version, header, sealed, signature FROM secret_entries WHERE sealed IS NOT NULL")[0]
+    shares = fetch(other.db, "SELECT secret_key, version, group_name, member, share_index, wrap FROM secret_shares")
+    with attacking(vault_place.db) as con:
+        con.execute("UPDATE secret_entries SET version = ?, header = ?, sealed = ?, signature = ? WHERE secret_key = 'mid' AND sealed IS NOT NULL", entry)
+        con.execute("DELETE FROM secret_shares WHERE secret_key = 'mid'")
+        con.executemany("INSERT INTO secret_shares (secret_key, version, group_name, member, share_index, wrap) VALUES (?, ?, ?, ?, ?, ?)", shares)
+    assert "not of this vault" in cause_of(module, vault_place, "mid")
+    with attacking(vault_place.db) as con:  # and its vault's id with it: then this vault's machine key is not the one
+        con.execute("UPDATE settings SET value = (SELECT json_extract(?, '$.vault_id')) WHERE name = '_vault_id'", (entry[1],))
+    done = vault_place.call("secret", "get", "open", "--action", "use", "--for", "a test")
+    assert (done.status, done.out) == (7, "")
+
+
+# ---- rollback of single rows
+
+
+def put_early_rows_back(place: Place) -> None:
+    """The first version of `mid` from the backup, in the place of all that there is of it now."""
+    early = place.folder / "early.db"
+    entry = fetch(early, "SELECT seq, secret_key, version, header, sealed, signature, created_at FROM secret_entries WHERE secret_key = 'mid'")[0]
+    shares = fetch(early, "SELECT secret_key, version, group_name, member, share_index, wrap FROM secret_shares WHERE secret_key = 'mid'")
+    with attacking(place.db) as con:
+        con.execute("DELETE FROM secret_shares WHERE secret_key = 'mid'")
+        con.execute("DELETE FROM secret_entries WHERE secret_key = 'mid'")
+        con.execute("INSERT INTO secret_entries (seq, secret_key, version, header, sealed, signature, created_at) VALUES (?, ?, ?, ?, ?, ?, ?)", entry)
+        con.executemany("INSERT INTO secret_shares (secret_key, version, group_name, member, share_index, wrap) VALUES (?, ?, ?, ?, ?, ?)", shares)
+
+
+def test_an_older_version_put_back_behind_a_pin_is_refused(module: Any, vault_place: Place) -> None:
+    """Whole and rightly signed as it is: the machine has seen a newer one. Other secrets are not touched by it."""
+    put_early_rows_back(vault_place)
+    assert "older than the version 2 seen before" in cause_of(module, vault_place, "mid")
+    low_still_opens(module, vault_place)
+    with opened(module, vault_place) as store:
+        assert asked(module, store, "grave").consent_id
+    done = vault_place.call("secret", "get", "mid", "--action", "use", "--for", "a test", "--timeout", "5s")
+    assert (done.status, done.out) == (5, "")
+    assert "older" not in done.err, "the requester is told no more than that it is refused"
+
+
+@pytest.mark.parametrize("words", [("rotate", "mid"), ("set", "mid"), ("reshare", "mid", "--approver", "olga")], ids=["rotate", "set", "reshare"])
+def test_a_new_value_is_not_sealed_on_top_of_rows_that_were_put_back(vault_place: Place, words: tuple[str, ...]) -> None:
+    """The new version would inherit risk and policy of the old one, and the pin would be overwritten."""
+    put_early_rows_back(vault_place)
+    passphrase = ("--passphrase-file", word_file(vault_place, "olga"))
+    done = vault_place.call("secret", *words, *(passphrase if words[0] == "reshare" else as_olga(vault_place)), stdin=b"newer")
+    assert (done.status, done.out) == (5, ""), done.err
+    assert vault_place.sql("SELECT MAX(version) FROM secret_entries WHERE secret_key = 'mid'") == [[1]]
+
+
+def test_a_new_value_is_not_sealed_where_all_versions_were_deleted(vault_place: Place) -> None:
+    """A name that was seen at version 2 cannot begin again at 1 with the default policy."""
+    with attacking(vault_place.db) as con:
+        con.execute("DELETE FROM secret_shares WHERE secret_key = 'grave'")
+        con.execute("DELETE FROM secret_entries WHERE secret_key = 'grave'")
+    done = vault_place.call("secret", "set", "grave", *as_olga(vault_place), stdin=b"newer")
+    assert (done.status, done.out) == (5, ""), done.out
+
+
+def test_an_approvers_own_pin_holds_where_the_machines_is_gone(module: Any, vault_place: Place) -> None:
+    """Whoever rolls back the machine's record with the database meets the approver who has seen the newer version."""
+    with opened(module, vault_place) as store:
+        vault = module.Vault(store)
+        vault.seen.secrets.pop("mid")
+        vault.seen.save()
+    put_early_rows_back(vault_place)
+    with opened(module, vault_place) as store:
+        asking = asked(module, store, "mid")
+        approved = vault_place.call("consent", "approve", asking.consent_id, *signed_as(vault_place, "olga"))
+        assert (approved.status, approved.out) == (5, ""), approved.err
+        assert "older than the version 2 seen before" in leaves(store, "vault.refused")[-1]["facts"]["cause"]
+        assert store.value("SELECT COUNT(*) FROM consent_grants") == 0
+
+
+def test_another_header_under_a_version_that_was_seen_is_refused(module: Any, vault_place: Place) -> None:
+    """An owner's second seal under the same number, made from a copy: pinned is the one that was seen."""
+    with opened(module, vault_place) as store:
+        owner = module.unlock(module.Vault(store), "olga", word_file(vault_place, "olga"))
+    forge(module, vault_place, owner.keys, "mid")
+    assert "another one than the one seen before" in cause_of(module, vault_place, "mid")
+
+
+# ---- parts
+
+
+def share_rows(place: Place, key: str) -> list[Row]:
+    names = ("seq", "group_name", "member", "share_index", "wrap")
+    return [dict(zip(names, row, strict=True)) for row in fetch(place.db, f"SELECT {', '.join(names)} FROM secret_shares WHERE secret_key = ?", key)]
+
+
+def put_wrap(place: Place, seq: int, wrap: bytes) -> None:
+    with attacking(place.db) as con:
+        con.execute("UPDATE secret_shares SET wrap = ? WHERE seq = ?", (wrap, seq))
+
+
+def test_a_low_secrets_part_is_bound_to_its_place(module: Any, vault_place: Place) -> None:
+    """The machine's part changed by a byte, or another's in its place: refused when it is opened, and recorded."""
+    rows = share_rows(vault_place, "open")
+    machine, _ = stolen(module, vault_place)
+    mine = next(row for row in rows if row["member"] == machine.fingerprint)
+    others = [row["wrap"] for row in rows if row is not mine] + [share_rows(vault_place, "mid")[0]["wrap"]]
+    own = module.wrap_to(machine.public, bytes(32), b"grace/share/1\n[]")
+    cut = [mine["wrap"][:-1], mine["wrap"][:100], b"", mine["wrap"] + b"\0"]
+    for wrap in [*others, own, *cut, *(bytes([*mine["wrap"][:n], mine["wrap"][n] ^ 128, *mine["wrap"][n + 1 :]]) for n in (0, 500, 1100, -2 % len(mine["wrap"])))]:
+        put_wrap(vault_place, mine["seq"], wrap)
+        assert "does not open" in cause_of(module, vault_place, "open")
+    right = module.wrap_to(machine.public, bytes(32), module.share_info(hash_of("header", header_of(vault_place, "open")), hashlib.sha256(
+        sealed_of(vault_place, "open")).hexdigest(), "machine", machine.fingerprint, mine["share_index"]))  # fmt: skip
+    put_wrap(vault_place, mine["seq"], right)
+    assert "do not give the key" in cause_of(module, vault_place, "open")
+    with attacking(vault_place.db) as con:
+        con.execute("DELETE FROM secret_shares WHERE secret_key = 'open'")
+    assert "too few" in cause_of(module, vault_place, "open")
+
+
+def sealed_of(place: Place, key: str) -> bytes:
+    return bytes(fetch(place.db, "SELECT sealed FROM secret_entries WHERE secret_key = ? AND sealed IS NOT NULL", key)[0][0])
+
+
+def test_an_approvers_part_swapped_or_changed_is_refused_before_anything_is_signed(module: Any, vault_place: Place) -> None:
+    """Between members, groups, secrets and versions, or by a byte: no grant comes of it, and the log says why."""
+    with opened(module, vault_place) as store:
+        vault = module.Vault(store)
+        olga, ben = (module.unlock(vault, name, word_file(vault_place, name)) for name in ("olga", "ben"))
+        rows = share_rows(vault_place, "grave")
+        mine = next(row for row in rows if row["member"] == olga.keys.fingerprint and row["group_name"] == "user")
+        old = fetch(vault_place.folder / "early.db", "SELECT wrap FROM secret_shares WHERE secret_key = 'mid' AND member = ?", olga.keys.fingerprint)[0][0]
+        wraps = [row["wrap"] for row in rows if row is not mine] + [row["wrap"] for row in share_rows(vault_place, "mid")] + [old, b"", mine["wrap"][:-1] + b"x"]
+        row = store.one("SELECT * FROM secret_consent_records WHERE consent_id = :id", id=asked(module, store, "grave", mode="collect").consent_id)
+        for wrap in wraps:
+            put_wrap(vault_place, mine["seq"], wrap)
+            review, seen = module.judge(vault, olga, row)
+            with pytest.raises(module.RefusedError, match="does not open"):
+                module.sign_and_record(vault, review, ["user"], seen, None, word_file(vault_place, "olga"))
+        assert store.value("SELECT COUNT(*) FROM consent_grants") == 0
+        done = vault_place.call("consent", "approve", row["consent_id"], "--as", "user", *signed_as(vault_place, "olga"))
+        assert (done.status, done.out) == (5, ""), done.err
+        assert "does not open" in leaves(store)[-1]["facts"].get("cause", ""), "the refusal is not in the log"
+        put_wrap(vault_place, mine["seq"], mine["wrap"])
+        with attacking(vault_place.db) as con:  # his index and another's name
+            con.execute("UPDATE secret_shares SET share_index = 9 WHERE seq = ?", (mine["seq"],))
+        done = vault_place.call("consent", "approve", row["consent_id"], "--as", "user", *signed_as(vault_place, "olga"))
+        assert (done.status, done.out) == (5, "")
+        assert ben.name == "ben"
+
+
+# ---- key files
+
+
+def key_of(place: Place, name: str = "olga") -> Path:
+    return keys_folder(place) / f"{name}.key"
+
+
+def anchored(place: Place, name: str = "olga") -> Result:
+    """A command that takes an approver's passphrase."""
+    return place.call("audit", "anchor", *signed_as(place, name))
+
+
+def entered(module: Any, place: Place, name: str = "olga") -> Any:
+    """An approver, unlocked as the commands do it: the machine's key, its record, the approver's key, his record."""
+    with opened(module, place) as store:
+        with module.refusals(store, "vault", plain=False):
+            vault = module.Vault(store)
+        return module.unlock(vault, name, word_file(place, name))
+
+
+def not_entered(module: Any, place: Place, words: str, name: str = "olga") -> None:
+    """It is refused with exit 5 and such words."""
+    with pytest.raises(module.DeniedError, match=words) as refusal:
+        entered(module, place, name)
+    assert refusal.value.exit_code == 5
+
+
+def test_key_files_are_private(vault_place: Place) -> None:
+    """Directory 0700, each file 0600, and nothing in them that could be read without the passphrase."""
+    folder = keys_folder(vault_place)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    files = {path.name: path for path in folder.iterdir()}
+    assert {f"{name}.{end}" for name in (*WORDS, "machine") for end in ("key", "seen")} <= set(files)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files.values()} == {0o600}
+    for name in WORDS:
+        document = json.loads(files[f"{name}.key"].read_bytes())
+        assert document["kdf"] == {**document["kdf"], "name": "argon2id", "memory_kib": 65536, "iterations": 3}
+        assert len(base64.b64decode(document["private"])) == 12 + 160 + 16
+        assert files[f"{name}.key"].read_bytes() == (canonical(document) + "\n").encode()
+
+
+def test_a_wrong_passphrase_opens_nothing(module: Any, vault_place: Place) -> None:
+    """Exit 5 and the same words for any; an empty one or none at all is no passphrase."""
+    file = Path(word_file(vault_place, "olga"))
+    for data in (b"olga's quiet sentencE\n", b"olga's quiet sentence \n", b" olga's quiet sentence\n", b"olga's quiet sentence\r\n", WORDS["anna"], b"\0"):
+        file.write_bytes(data)
+        not_entered(module, vault_place, "^the passphrase is wrong, or the key file was changed$")
+    done = anchored(vault_place)
+    assert (done.status, done.out) == (5, "")
+    for data in (b"", b"\n", b"\nolga's quiet sentence\n", b"x" * 4097):
+        file.write_bytes(data)
+        with pytest.raises(module.UsageError):
+            entered(module, vault_place)
+    file.write_bytes(WORDS["olga"])
+    assert entered(module, vault_place).name == "olga"
+    file.chmod(0o640)
+    with pytest.raises(module.UsageError, match="open to others"):
+        entered(module, vault_place)
+    assert vault_place.call("audit", "anchor", "--approver", "olga").status == 7
+    assert vault_place.call("audit", "anchor", "--approver", "olga", "--passphrase-file", "-", stdin=WORDS["olga"] + b"\nmore").status == 0
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o610, 0o601, 0o620, 0o602, 0o777])
+def test_a_key_that_others_may_read_or_write_is_not_used(module: Any, vault_place: Place, mode: int) -> None:
+    """The approver's, the machine's, and their records; and their directory."""
+    for name in ("olga.key", "machine.key", "olga.seen", "machine.seen", "."):
+        path = keys_folder(vault_place) / name
+        path.chmod(mode | (0o100 if name == "." else 0))
+        not_entered(module, vault_place, "open to others")
+        path.chmod(0o700 if name == "." else 0o600)
+    assert entered(module, vault_place)
+
+
+def test_a_key_that_is_open_to_others_is_named_with_what_mends_it(vault_place: Place) -> None:
+    """By every command that needs it, low risk included, with exit 5."""
+    key_of(vault_place, "machine").chmod(0o644)
+    done = vault_place.call("secret", "get", "open", "--action", "use", "--for", "a test")
+    assert (done.status, done.out) == (5, "")
+    assert "open to others (mode 644)" in done.err
+    assert "chmod 600" in done.err
+
+
+@pytest.mark.parametrize("name", ["olga.key", "olga.seen", "machine.key", "machine.seen"])
+def test_a_link_or_a_device_in_place_of_a_key_is_not_used(module: Any, vault_place: Place, name: str) -> None:
+    """Symbolic links, also to the right file; a directory; a FIFO, which must not hang either."""
+    path, aside = keys_folder(vault_place) / name, vault_place.folder / "aside"
+    path.rename(aside)
+    for make in (lambda: path.symlink_to(aside), lambda: path.symlink_to("/dev/zero"), lambda: os.mkfifo(path, 0o600), lambda: path.mkdir(mode=0o700)):
+        make()
+        not_entered(module, vault_place, "is not used")
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    aside.rename(path)
+    assert entered(module, vault_place)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a file away")
+@pytest.mark.parametrize("name", ["olga.key", "olga.seen", "machine.key", "machine.seen", "."])
+def test_a_key_of_another_owner_is_not_used(module: Any, vault_place: Place, name: str) -> None:
+    """Also for root, who could read it: whoever owns it can change it."""
+    os.chown(keys_folder(vault_place) / name, 65534, 65534)
+    not_entered(module, vault_place, "belongs to user 65534")
+
+
+def put_key(path: Path, change: Callable[[Row], Any]) -> None:
+    document = json.loads(path.read_bytes())
+    change(document)
+    path.write_text(canonical(document) + "\n")
+
+
+@pytest.mark.parametrize("kdf", [
+    {"memory_kib": 2**40}, {"memory_kib": (1 << 20) + 1}, {"memory_kib": (64 << 10) - 1}, {"memory_kib": 8}, {"memory_kib": 0}, {"memory_kib": -65536},
+    {"memory_kib": "65536"}, {"memory_kib": True}, {"memory_kib": None}, {"memory_kib": [65536]}, {"iterations": 2}, {"iterations": 10**9}, {"iterations": 11},
+    {"iterations": True}, {"iterations": 0}, {"lanes": 0}, {"lanes": 17}, {"lanes": 2**31}, {"lanes": -1}, {"name": "argon2i"}, {"name": "scrypt"}, {"name": None},
+    {"salt": ""}, {"salt": "AAAA"}, {"salt": "A" * 1000}, {"salt": None}, {"salt": 5}, {"salt": "no base64!"}])  # fmt: skip
+def test_absurd_costs_of_a_key_file_are_refused_before_they_are_paid(module: Any, vault_place: Place, kdf: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above the ceiling, below the floor, of another type, with another function or salt: nothing is ever derived."""
+    import cryptography.hazmat.primitives.kdf.argon2 as library
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise AssertionError("a key was derived")
+
+    put_key(key_of(vault_place), lambda document: document["kdf"].update(kdf))
+    monkeypatch.setattr(library, "Argon2id", fail)
+    with pytest.raises(module.DeniedError):
+        module.Approver("olga", str(keys_folder(vault_place)), keys_folder(vault_place).name, WORDS["olga"])
+
+
+def test_a_key_file_that_asks_for_a_terabyte_is_refused_at_once(vault_place: Place) -> None:
+    """By the command, with exit 5 and in words."""
+    put_key(key_of(vault_place), lambda document: document["kdf"].update(memory_kib=2**30))
+    done = anchored(vault_place)
+    assert (done.status, done.out) == (5, "")
+    assert "1 GiB" in done.err
+
+
+def test_any_changed_byte_of_a_key_file_is_refused(module: Any, vault_place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other, from the first to the last; also one more, one less, and another order of its fields."""
+    path, folder = key_of(vault_place), str(keys_folder(vault_place))
+    data, real = path.read_bytes(), module.stretch
+    module.Approver("olga", folder, keys_folder(vault_place).name, WORDS["olga"])  # as it is, it opens
+    remembered = functools.cache(lambda words, kdf: real(words, json.loads(kdf)))  # the same derivation once, not three thousand times
+    monkeypatch.setattr(module, "stretch", lambda words, kdf: remembered(words, canonical(kdf)))
+    start = data.index(b'"kdf"')
+    costs = range(start, data.index(b"}", start))
+    variants = {f"bit of byte {n}": data[:n] + bytes([data[n] ^ (1 if n not in costs or data[n] not in b"0123456789" else 4)]) + data[n + 1 :]
+                for n in range(len(data)) if n not in costs or n % 3 == 0}  # fmt: skip
+    end = data.index(b'="', data.index(b'"private"')) - 1  # the last letter of the base64 text: two of its bits mean nothing
+    alphabet = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+    twins = [alphabet[alphabet.index(data[end]) & ~3 | n] for n in range(4)]
+    variants |= {f"the same key in other letters, {n}": data[:end] + bytes([letter]) + data[end + 1 :] for n, letter in enumerate(twins) if letter != data[end]}
+    variants |= {"longer": data + b"\n", "shorter": data[:-9], "empty": b"", "spaces": json.dumps(json.loads(data)).encode()}
+    taken = []
+    for what, variant in variants.items():
+        path.write_bytes(variant)
+        try:
+            module.Approver("olga", folder, keys_folder(vault_place).name, WORDS["olga"])
+            taken.append(what)
+        except module.GraceError as error:
+            assert error.exit_code == 5, what
+    assert taken == [], f"accepted {taken} of a file of {len(data)} bytes, its end {data[-60:]!r}"
+
+
+def test_the_records_beside_the_keys_cannot_be_changed_or_exchanged(module: Any, vault_place: Place) -> None:
+    """Of an approver and of the machine: a byte, another one's, another name, the data of another: exit 5, and in the log."""
+    folder = keys_folder(vault_place)
+    for mine, theirs in (("olga", "anna"), ("olga", "machine"), ("machine", "olga")):
+        path = folder / f"{mine}.seen"
+        right, other = path.read_bytes(), (folder / f"{theirs}.seen").read_bytes()
+        renamed = (canonical({**json.loads(other), "name": mine}) + "\n").encode()
+        position = right.index(b'"data":"') + 100
+        flipped = right[:position] + (b"A" if right[position : position + 1] != b"A" else b"B") + right[position + 1 :]
+        for data in (other, right.replace(mine.encode(), mine.upper().encode()), b"{}\n", b"", b"[]\n", right[:-20], right + b"x", renamed, flipped):
+            path.write_bytes(data)
+            not_entered(module, vault_place, r"\S")
+            if data in (renamed, flipped):
+                with opened(module, vault_place) as store:
+                    assert leaves(store)[-1]["kind"] == "vault.refused", f"{mine}.seen was tampered with, and the log does not say so"
+        path.unlink()
+        with pytest.raises(module.LockedError, match="missing"):
+            entered(module, vault_place)
+        assert not path.exists(), "a missing record is not made anew"
+        path.write_bytes(right)
+    assert entered(module, vault_place)
+
+
+def test_an_older_copy_of_a_record_knows_less_but_what_it_knows_holds(module: Any, vault_place: Place) -> None:
+    """The limit of a pin in a file: rolled back together with the database it is silent, but one of the two alone is not."""
+    folder = keys_folder(vault_place)
+    early = {name: (folder / f"{name}.seen").read_bytes() for name in ("olga", "machine")}
+    vault_place.ok("secret", "rotate", "mid", *as_olga(vault_place), stdin=b"third")
+    with opened(module, vault_place) as store:
+        assert module.Vault(store).seen.secrets["mid"][0] == 3
+    (folder / "machine.seen").write_bytes(early["machine"])
+    with opened(module, vault_place) as store:
+        assert asked(module, store, "mid").header["version"] == 3, "newer than what was seen is no harm"
+        assert module.Vault(store).seen.secrets["mid"][0] == 3, "and is seen from then on"
+    put_early_rows_back(vault_place)
+    (folder / "machine.seen").write_bytes(early["machine"])
+    assert "older than the version 2" in cause_of(module, vault_place, "mid")
+    (folder / "olga.seen").write_bytes(early["olga"])
+    with opened(module, vault_place) as store:
+        assert module.Approver("olga", str(folder), folder.name, WORDS["olga"]).seen.secrets["mid"][0] == 2
+
+
+def test_the_machines_key_changed_or_missing_stops_everything(module: Any, vault_place: Place) -> None:
+    """Another private key, another root, another vault's, none: exit 5 or 7, and nothing comes out, low risk included."""
+    path = key_of(vault_place, "machine")
+    right = path.read_bytes()
+    root, other = json.loads(right)["root"], base64.b64encode(os.urandom(128)).decode()
+    for change in ({"root": "0" * 64}, {"root": root[::-1]}, {"root": None}, {"private": other}, {"private": "AAAA"}, {"private": 7}, {"private": "?"}, {"private": None},
+                   {"vault_id": "0" * 16}, {"format": "grace-machine-key/2"}):  # fmt: skip
+        put_key(path, lambda document, change=change: document.update(change))  # type: ignore[misc]
+        with opened(module, vault_place) as store, pytest.raises(module.DeniedError):
+            asked(module, store, "open")
+        path.write_bytes(right)
+    low_still_opens(module, vault_place)
+    path.unlink()
+    done = vault_place.call("secret", "get", "open", "--action", "use", "--for", "a test")
+    assert (done.status, done.out) == (7, "")
+
+
+def test_a_vaults_id_leads_nowhere_else(vault_place: Place) -> None:
+    """A path in its place, with a vault's files where it leads, is refused: the directory of the keys is not the database's to choose."""
+    away = vault_place.folder / "away"
+    shutil.copytree(keys_folder(vault_place), away)
+    put_key(away / "machine.key", lambda document: document.update(vault_id="../../away"))
+    with attacking(vault_place.db) as con:
+        con.execute("UPDATE settings SET value = '../../away' WHERE name = '_vault_id'")
+    for words in (("secret", "list"), ("secret", "get", "open", "--action", "use", "--for", "a test")):
+        done = vault_place.call(*words)
+        assert (done.status, done.out) == (5, ""), done.err
+        assert "away" not in done.err.replace("'../../away'", ""), "it went there and looked"
+
+
+# ---- the roster
+
+
+def all_refused(module: Any, place: Place, words: str) -> None:
+    """Nothing opens without a roster that holds, low risk included; the cause is in the log."""
+    assert re.search(words, cause_of(module, place, "mid"))
+    assert re.search(words, cause_of(module, place, "open"))
+
+
+def rosters(place: Place) -> list[tuple[int, Row, bytes]]:
+    return [(number, json.loads(text), bytes(signature)) for number, text, signature in fetch(place.db, "SELECT number, document, signature FROM vault_rosters ORDER BY number")]
+
+
+def put_rosters(place: Place, rows: Iterable[tuple[int, Row, bytes]]) -> None:
+    with attacking(place.db) as con:
+        con.execute("DELETE FROM vault_rosters")
+        for number, document, signature in rows:
+            con.execute("INSERT INTO vault_rosters (number, document, signature) VALUES (?, ?, ?)", (number, canonical(document), signature))
+
+
+def test_a_changed_list_of_approvers_is_refused(module: Any, vault_place: Place) -> None:
+    """Each field of each list, a member's name, role or key, and each signature."""
+    right = rosters(vault_place)
+    assert [number for number, _, _ in right] == [1, 2, 3]
+    own = module.Keys.new().public
+    for which, (number, document, signature) in enumerate(right):
+        people = document["approvers"]
+        changed = [{**document, name: value} for name, value in (("format", "x"), ("vault_id", "0" * 16), ("number", 9), ("number", True), ("previous", "0" * 64),
+                                                                 ("created", 1), ("signer", "0" * 64), ("machine", own), ("approvers", people[:-1]),
+                                                                 ("approvers", []), ("approvers", [*people, people[0]])) if document[name] != value]  # fmt: skip
+        changed += [{**document, "approvers": [*people[:-1], {**people[-1], **odd}]} for odd in (
+            {"name": "eve"}, {"roles": ["governance", "user", "x"]}, own, {"removed": 1}, {"keeps": ["0" * 64]}, {"added": 1})]  # fmt: skip
+        for odd in changed:
+            put_rosters(vault_place, [*right[:which], (number, odd, signature), *right[which + 1 :]])
+            assert re.search("another vault|follow|not signed|another one", cause_of(module, vault_place, "mid")), odd
+        put_rosters(vault_place, [*right[:which], (number, document, signature[:-1] + bytes([signature[-1] ^ 1])), *right[which + 1 :]])
+        all_refused(module, vault_place, "not signed")
+    put_rosters(vault_place, right)
+    low_still_opens(module, vault_place)
+
+
+def test_lists_in_another_order_or_number_are_refused(module: Any, vault_place: Place) -> None:
+    """Missing, doubled, swapped; rolled back to an older one; none at all."""
+    one, two, three = rosters(vault_place)
+    for rows, words in (([one, two], "rolled back"), ([one], "rolled back"), ([], "rolled back"), ([two, three], "another vault"), ([one, three], "another vault|follow"),
+                        ([one, (2, three[1], three[2]), (3, two[1], two[2])], "another vault"), ([one, two, three, (4, three[1], three[2])], "another vault|follow"),
+                        ([one, two, (3, two[1], two[2])], "another vault|follow")):  # fmt: skip
+        put_rosters(vault_place, rows)
+        all_refused(module, vault_place, words)
+
+
+def longer(module: Any, place: Place, signer: Any, people: list[Row], signature_by: Any = None) -> list[tuple[int, Row, bytes]]:
+    """The lists with a further one, in the name of `signer`."""
+    right = rosters(place)
+    newest = right[-1][1]
+    document = {**newest, "number": newest["number"] + 1, "previous": hash_of("roster", newest), "signer": signer.fingerprint, "approvers": people}
+    return [*right, (document["number"], document, (signature_by or signer).sign(statement("roster-signature", hash_of("roster", document))))]
+
+
+def test_a_list_extended_by_somebody_who_is_not_on_it_is_refused(module: Any, vault_place: Place) -> None:
+    """By an attacker's key, by the machine's, by an approver's name with another key, and by somebody it brings itself."""
+    newest, own = rosters(vault_place)[-1][1], module.Keys.new()
+    machine, _ = stolen(module, vault_place)
+    eve = module.new_person("eve", ("user", "governance"), own.public, 1)
+
+    class Olga:
+        fingerprint = newest["signer"]
+
+    for signer, by in ((own, None), (machine, None), (Olga, own), (Olga, machine)):
+        put_rosters(vault_place, longer(module, vault_place, signer, [*newest["approvers"], eve], by))
+        all_refused(module, vault_place, "not signed by an approver")
+        put_rosters(vault_place, rosters(vault_place)[:-1])
+    low_still_opens(module, vault_place)
+
+
+def test_a_removed_approver_can_sign_no_further_list_and_seal_nothing(module: Any, vault_place: Place) -> None:
+    """What he had sealed is kept by name; a new seal of his, though his key is on the list still, is a stranger's."""
+    anna = entered(module, vault_place, "anna")
+    vault_place.ok("secret", "set", "annas", "--owner", "anna", "--passphrase-file", word_file(vault_place, "anna"), stdin=b"kept")
+    refused = vault_place.call("approver", "remove", "olga", *signed_as(vault_place, "olga"))
+    assert (refused.status, "nobody removes himself" in refused.err) == (4, True)
+    done = vault_place.json("approver", "remove", "anna", *signed_as(vault_place, "olga"))
+    assert done["can_still_open"] == ["annas", "grave", "mid", "open", "pair"]
+    with opened(module, vault_place) as store:
+        assert asked(module, store, "annas").header["owner"] == anna.keys.fingerprint, "what she had sealed still counts"
+        with pytest.raises(module.DeniedError, match="not an approver any more"):
+            anna.meet(store.all(module.ROSTERS))
+        newest = json.loads(store.value("SELECT document FROM vault_rosters ORDER BY number DESC"))
+    forge(module, vault_place, anna.keys, "annas", version=2)
+    assert "stranger" in cause_of(module, vault_place, "annas")
+    put_rosters(vault_place, longer(module, vault_place, anna.keys, [{**person, "removed": None} for person in newest["approvers"]]))
+    all_refused(module, vault_place, "not signed by an approver")
+
+
+def test_an_approver_without_a_share_holds_nothing_of_older_secrets(module: Any, vault_place: Place) -> None:
+    """Who is added later signs, but opens nothing until the secret is shared anew; then he does."""
+    (vault_place.folder / "dora.word").write_bytes(b"dora mends the roof\n")
+    (vault_place.folder / "dora.word").chmod(0o600)
+    before = {row["member"] for row in share_rows(vault_place, "mid")}
+    added = vault_place.json("approver", "add", "dora", "--role", "user", "--new-passphrase-file", str(vault_place.folder / "dora.word"), *signed_as(vault_place, "ben"))
+    assert (added["name"], added["roles"], added["key_here"]) == ("dora", ["user"], True)
+    assert vault_place.call("approver", "add", "DORA", "--role", "user", "--new-passphrase-file", str(vault_place.folder / "dora.word"),
+                            *signed_as(vault_place, "ben")).status == 4  # fmt: skip
+    assert vault_place.call("approver", "add", "Machine", "--role", "user").status == 2
+    assert {row["member"] for row in share_rows(vault_place, "mid")} == before
+    assert added["fingerprint"] not in before
+    shared = vault_place.json("secret", "reshare", "mid", *signed_as(vault_place, "olga"))
+    assert (shared["version"], shared["policy"]) == (3, "user:1of4")
+    assert {row["member"] for row in share_rows(vault_place, "mid")} == {*before, added["fingerprint"]}
+    assert released(vault_place, "mid", "dora") == VALUES["mid"]
+
+
+def released(place: Place, key: str, *names: str, options: tuple[str, ...] = (), groups: tuple[str, ...] = ()) -> bytes:
+    """The value as a waiting requester gets it, once these approvers have approved."""
+    waiting = place.start("secret", "get", key, "--action", "use", "--for", "a test", *options)
+    (pending,) = until(lambda: place.json("consent", "pending"), "the request")
+    for name, role in itertools.zip_longest(names, groups):
+        place.ok("consent", "approve", pending["consent_id"], *(("--as", role) if role else ()), *signed_as(place, name))
+    out, err = waiting.communicate(timeout=60)
+    assert waiting.returncode == 0, err
+    return bytes(out)
+
+
+def test_two_of_three_open_and_one_does_not(vault_place: Place) -> None:
+    """A policy with a threshold, from the request to the value; and sharing it anew takes two passphrases as well."""
+    alone = vault_place.call("secret", "reshare", "pair", *signed_as(vault_place, "ben"))
+    assert (alone.status, alone.out) == (5, "")
+    assert "needs more approvers of user" in alone.err
+    twice = vault_place.call("secret", "reshare", "pair", *signed_as(vault_place, "ben"), *signed_as(vault_place, "ben"))
+    assert (twice.status, twice.out) == (5, "")
+    shown = vault_place.json("secret", "reshare", "pair", *signed_as(vault_place, "ben"), *signed_as(vault_place, "anna"), "--policy", "user:2of3 & governance:1")
+    assert (shown["policy"], shown["owner"], shown["version"], shown["risk_level"]) == ("user:2of3 & governance:1of2", "ben", 2, "medium")
+    assert released(vault_place, "pair", "anna", "ben", "olga", groups=("user", "user", "governance")) == VALUES["pair"]
+    with_one = vault_place.start("secret", "get", "pair", "--action", "use", "--for", "a test", "--timeout", "3s")
+    (pending,) = until(lambda: vault_place.json("consent", "pending"), "the request")
+    vault_place.ok("consent", "approve", pending["consent_id"], "--as", "user", *signed_as(vault_place, "anna"))
+    out, _ = with_one.communicate(timeout=60)
+    assert (with_one.returncode, out) == (6, b"")
+
+
+def test_nobody_goes_whose_going_would_lock_a_secret(vault_place: Place) -> None:
+    """Below a threshold, or as the last one of a role; and what a key still opens is said."""
+    vault_place.ok("secret", "set", "trio", "--policy", "user:3of3", *as_olga(vault_place), stdin=b"x")
+    done = vault_place.call("approver", "remove", "anna", *signed_as(vault_place, "olga"))
+    assert (done.status, "trio could not be opened any more (user:3of3)" in done.err) == (4, True)
+    assert "anna" in {person["name"] for person in vault_place.json("approver", "list") if person["removed_at"] is None}
+    vault_place.ok("secret", "remove", "trio")
+    vault_place.ok("secret", "set", "hers", "--policy", "user:1(anna)", *as_olga(vault_place), stdin=b"x")
+    assert "hers could not be opened" in vault_place.call("approver", "remove", "anna", *signed_as(vault_place, "olga")).err
+    vault_place.ok("secret", "remove", "hers")
+    assert vault_place.json("approver", "remove", "ben", *signed_as(vault_place, "olga"))["can_still_open"] == ["grave", "mid", "open", "pair"]
+    last = vault_place.call("approver", "remove", "olga", *signed_as(vault_place, "anna"))
+    assert (last.status, "grave could not be opened" in last.err or "only approver with the role governance" in last.err) == (4, True)
+    assert vault_place.call("secret", "set", "x", "--policy", "user:3", *as_olga(vault_place), stdin=b"x").status == 2
+    assert vault_place.call("secret", "set", "x", "--policy", "user:1(ben)", *as_olga(vault_place), stdin=b"x").status == 2
+
+
+def test_a_changed_passphrase_counts_and_the_old_one_does_not(module: Any, vault_place: Place) -> None:
+    """The keys stay the same; a copy of the old key file still opens with the old one, as the command says."""
+    before, old = entered(module, vault_place), key_of(vault_place).read_bytes()
+    new = vault_place.folder / "new.word"
+    new.write_bytes(b"another sentence of olga\n")
+    new.chmod(0o600)
+    done = vault_place.call("approver", "passwd", "olga", "--passphrase-file", word_file(vault_place, "anna"), "--new-passphrase-file", str(new))
+    assert (done.status, key_of(vault_place).read_bytes()) == (5, old)
+    vault_place.ok("approver", "passwd", "olga", "--passphrase-file", word_file(vault_place, "olga"), "--new-passphrase-file", str(new))
+    not_entered(module, vault_place, "passphrase is wrong")
+    Path(word_file(vault_place, "olga")).write_bytes(new.read_bytes())
+    after = entered(module, vault_place)
+    assert (after.keys.private, after.seen.key) == (before.keys.private, before.seen.key)
+    assert stat.S_IMODE(key_of(vault_place).stat().st_mode) == 0o600
+    assert json.loads(old)["kdf"]["salt"] != json.loads(key_of(vault_place).read_bytes())["kdf"]["salt"]
+    with opened(module, vault_place) as store:
+        assert leaves(store)[-1]["kind"] == "approver.passwd"
+
+
+def test_an_approvers_key_travels_locked_and_is_not_installed_over_another(module: Any, vault_place: Place, tmp_path: Path) -> None:
+    """Export and import: private files, the same key, nothing overwritten, and nothing but an approver's key is taken."""
+    out = tmp_path / "olga.export"
+    vault_place.ok("approver", "export", "olga", "--out", str(out))
+    assert stat.S_IMODE(out.stat().st_mode) == 0o600
+    (tmp_path / "far").mkdir()
+    far = Place(tmp_path / "far")
+    far.ok("approver", "import", str(out))
+    assert (keys_folder(far) / "olga.key").read_bytes() == key_of(vault_place).read_bytes()
+    assert {(path.name, stat.S_IMODE(path.stat().st_mode)) for path in keys_folder(far).iterdir()} == {("olga.key", 0o600), ("olga.seen", 0o600)}
+    assert far.call("approver", "import", str(out)).status == 4
+    assert vault_place.call("approver", "import", str(out)).status == 4
+    bundle = json.loads(out.read_bytes())
+    machine = json.loads((keys_folder(vault_place) / "machine.key").read_bytes())
+    odd: list[Any] = [[], {}, {**bundle, "format": "x"}, {**bundle, "seen": None}, {**bundle, "key": [1]}]
+    for vault_id, name in (("../../x", "olga"), ("0" * 15, "olga"), ("0" * 16, "../olga"), ("0" * 16, ""), ("0" * 16, "machine"), ("0" * 16, "Machine")):
+        odd.append({**bundle, "key": {**bundle["key"], "vault_id": vault_id, "name": name}, "seen": {**bundle["seen"], "vault_id": vault_id, "name": name}})
+    odd.append({**bundle, "key": {**machine, "name": "machine"}, "seen": {**bundle["seen"], "name": "machine"}})
+    odd.append({**bundle, "key": {**machine, "name": "eve"}, "seen": {**bundle["seen"], "name": "eve"}})
+    before = sorted(str(path) for path in far.folder.rglob("*"))
+    for number, document in enumerate(odd):
+        (tmp_path / "odd").write_text(json.dumps(document))
+        done = far.call("approver", "import", str(tmp_path / "odd"))
+        assert (done.status, done.out) == (2, ""), (number, done.err, document)
+    assert sorted(str(path) for path in far.folder.rglob("*")) == before
+
+
+def test_an_exported_key_is_private_also_in_a_file_that_was_there(vault_place: Place, tmp_path: Path) -> None:
+    """--out over a file that others may read does not show them the key."""
+    out = tmp_path / "out"
+    out.write_text("old")
+    out.chmod(0o644)
+    done = vault_place.call("approver", "export", "olga", "--out", str(out))
+    assert stat.S_IMODE(out.stat().st_mode) == 0o600 or (done.status == 2 and out.read_text() == "old")
+
+
+# ---- what a new version takes over
+
+
+def test_a_higher_risk_never_lowers_a_threshold(vault_place: Place) -> None:
+    """What is not said again stays: two of three stay two of three when governance comes in."""
+    shown = vault_place.json("secret", "set", "pair", "--risk", "high", *as_olga(vault_place), stdin=b"newer")
+    assert shown["risk_level"] == "high"
+    assert shown["policy"].startswith("user:2of3"), shown["policy"]
+    assert "governance:1" in shown["policy"]
+
+
+def test_sharing_anew_does_not_widen_a_policy_that_names_people(module: Any, vault_place: Place) -> None:
+    """Only anna may: then nobody else gets a part because the secret is sealed anew."""
+    vault_place.ok("secret", "set", "hers", "--policy", "user:1(anna)", *as_olga(vault_place), stdin=b"x")
+    anna = entered(module, vault_place, "anna").keys.fingerprint
+    assert {row["member"] for row in share_rows(vault_place, "hers")} == {anna}
+    vault_place.ok("secret", "reshare", "hers", *signed_as(vault_place, "anna"))
+    assert {row["member"] for row in share_rows(vault_place, "hers")} == {anna}
+
+
+def test_low_risk_asked_at_a_higher_one_needs_approval_and_then_opens(vault_place: Place) -> None:
+    """An action or a request can raise the risk of a low secret; its key is the machine's still."""
+    assert released(vault_place, "open", "anna", options=("--risk", "medium")) == VALUES["open"]
+    assert released(vault_place, "open", "anna", "ben", options=("--risk", "high"), groups=("user", "governance")) == VALUES["open"]
