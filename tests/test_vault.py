@@ -24,7 +24,7 @@ from typing import Any
 import apsw
 import pytest
 
-from tests.conftest import Place, Result
+from tests.conftest import Place, Result, until
 
 Row = dict[str, Any]
 WORDS = {"olga": b"olga's quiet sentence", "anna": b"anna counts the geese", "ben": b"ben walks to the mill"}
@@ -1108,3 +1108,312 @@ def test_low_risk_asked_at_a_higher_one_needs_approval_and_then_opens(vault_plac
     """An action or a request can raise the risk of a low secret; its key is the machine's still."""
     assert released(vault_place, "open", "anna", options=("--risk", "medium")) == VALUES["open"]
     assert released(vault_place, "open", "anna", "ben", options=("--risk", "high"), groups=("user", "governance")) == VALUES["open"]
+
+
+# ---- the audit log
+
+
+def verified(place: Place, *words: str) -> tuple[int, Row]:
+    """Exit status and document of `audit verify`."""
+    done = place.call("--json", "audit", "verify", *words)
+    assert done.err == "", done.err
+    return done.status, dict(done.json)
+
+
+def findings(module: Any, place: Place, approver: Any = None) -> list[str]:
+    """What `audit verify` finds, with the machine's pin and, where given, an approver's."""
+    with opened(module, place) as store:
+        vault = module.Vault(store)
+        pins = {"this machine": vault.seen.audit, **({approver.name: approver.seen.audit} if approver else {})}
+        return list(module.verify_log(store, vault.roster, pins)["findings"])
+
+
+def all_leaves(place: Place) -> list[tuple[int, str, str]]:
+    return [(seq, leaf, hash_) for seq, leaf, hash_ in fetch(place.db, "SELECT seq, leaf, hash FROM audit_log ORDER BY seq")]
+
+
+def put_leaves(place: Place, rows: Iterable[tuple[int, str, str]]) -> None:
+    with attacking(place.db) as con:
+        con.execute("DELETE FROM audit_log")
+        con.executemany("INSERT INTO audit_log (seq, leaf, hash) VALUES (?, ?, ?)", list(rows))
+
+
+def rewritten(rows: list[tuple[int, str, str]], start: int, change: Callable[[Row], Any]) -> list[tuple[int, str, str]]:
+    """The log with leaf `start` changed and all hashes from there on computed anew, as a careful forger does it."""
+    done = rows[: start - 1]
+    for _, text, _ in rows[start - 1 :]:
+        leaf = json.loads(text)
+        if leaf["seq"] == start:
+            change(leaf)
+        leaf["previous"] = done[-1][2] if done else "0" * 64
+        leaf["seq"] = len(done) + 1
+        done.append((leaf["seq"], canonical(leaf), hash_of("audit", leaf)))
+    return done
+
+
+def test_an_intact_log_is_in_order_and_says_how_far_it_is_anchored(vault_place: Place) -> None:
+    """Exit 0; the size is that of the log; the machine has seen it all; a passphrase file adds the approver's word."""
+    size = len(all_leaves(vault_place))
+    status, done = verified(vault_place)
+    assert (status, done["ok"], done["findings"], done["size"], done["anchored"]) == (0, True, [], size, size)
+    assert done["checked_against"] == ["signed grants and anchors", "this machine"]
+    status, done = verified(vault_place, *signed_as(vault_place, "olga"))
+    assert (status, done["checked_against"][-1]) == (0, "olga")
+    plain = vault_place.ok("audit", "verify").out
+    assert f"anchored {size} of {size}" in plain
+    wrong = vault_place.folder / "wrong"
+    wrong.write_bytes(b"x")
+    wrong.chmod(0o600)
+    assert vault_place.call("audit", "verify", "--approver", "olga", "--passphrase-file", str(wrong)).status == 5
+
+
+def test_any_edit_gap_or_reordering_is_found(module: Any, vault_place: Place) -> None:
+    """A changed word in each leaf, a missing one, two in each other's place, one twice, another spelling, other hashes."""
+    rows = all_leaves(vault_place)
+    assert findings(module, vault_place) == []
+    for index, (seq, text, hash_) in enumerate(rows):
+        leaf = json.loads(text)
+        others = [{**leaf, name: value} for name, value in (("kind", "secret.read"), ("actor", "eve"), ("subject", "x"), ("at", leaf["at"] + 1), ("facts", {}),
+                                                            ("previous", "f" * 64), ("seq", seq + 1)) if leaf[name] != value]  # fmt: skip
+        for odd in (*map(canonical, others), json.dumps(leaf), "{}", "[]", "7", canonical({**leaf, "more": 1})):
+            put_leaves(vault_place, [*rows[:index], (seq, odd, hash_), *rows[index + 1 :]])
+            assert any(f"leaf {seq}" in finding for finding in findings(module, vault_place)), (seq, odd)
+        put_leaves(vault_place, [*rows[:index], (seq, text, hash_[:-1] + ("0" if hash_[-1] != "0" else "1")), *rows[index + 1 :]])
+        assert findings(module, vault_place)
+        put_leaves(vault_place, [*rows[:index], *rows[index + 1 :]])
+        assert findings(module, vault_place), f"the leaf {seq} is gone and nobody noticed"
+        if index:
+            before = rows[index - 1]
+            put_leaves(vault_place, [*rows[: index - 1], (before[0], text, hash_), (seq, before[1], before[2]), *rows[index + 1 :]])
+            assert findings(module, vault_place)
+            put_leaves(vault_place, [*rows[:index], (seq, before[1], before[2]), *rows[index + 1 :]])
+            assert findings(module, vault_place)
+    put_leaves(vault_place, [])
+    assert findings(module, vault_place)
+
+
+def test_what_verify_finds_ends_it_with_1_in_words_and_in_json(vault_place: Place) -> None:
+    """A finding is no error: the document is on stdout."""
+    rows = all_leaves(vault_place)
+    put_leaves(vault_place, [*rows[:3], (4, canonical({**json.loads(rows[3][1]), "actor": "eve"}), rows[3][2]), *rows[4:]])
+    status, done = verified(vault_place)
+    assert (status, done["ok"]) == (1, False)
+    assert done["findings"] == ["leaf 4 was changed"]
+    plain = vault_place.call("audit", "verify")
+    assert (plain.status, "leaf 4 was changed" in plain.out, "all in order" in plain.out) == (1, True, False)
+
+
+def test_a_cut_or_rewritten_log_is_found_up_to_the_newest_head_that_was_seen(module: Any, vault_place: Place) -> None:
+    """With all hashes made anew it is a chain again, but not the one that the machine, an anchor or an approver has seen."""
+    rows = all_leaves(vault_place)
+    olga = entered(module, vault_place)
+    seen_machine, seen_olga = json.loads(canonical(entered(module, vault_place).seen.audit)), olga.seen.audit
+    assert seen_machine[0] <= len(rows)
+    for start in (1, 2, len(rows) // 2, len(rows)):
+        put_leaves(vault_place, rewritten(rows, start, lambda leaf: leaf.update(actor="nobody")))
+        assert any("this machine has seen another leaf" in finding for finding in findings(module, vault_place))
+    for start in (1, seen_olga[0]):
+        put_leaves(vault_place, rewritten(rows, start, lambda leaf: leaf.update(facts={"nothing": True})))
+        assert any("olga has signed another leaf" in finding for finding in findings(module, vault_place)), "the anchor in the database"
+        with attacking(vault_place.db) as con:
+            con.execute("DELETE FROM audit_anchors")
+        assert any("olga has seen another leaf" in finding for finding in findings(module, vault_place, olga)), "her own record"
+    for size in range(len(rows)):
+        put_leaves(vault_place, rows[:size])
+        assert any("cut or rewritten" in finding for finding in findings(module, vault_place)), size
+    put_leaves(vault_place, rows)
+    assert findings(module, vault_place) == []
+
+
+def test_beyond_the_newest_head_a_rewritten_end_is_not_noticed_and_not_called_anchored(module: Any, vault_place: Place) -> None:
+    """The limit that the documentation admits, and why `anchored N of M` is printed."""
+    with opened(module, vault_place) as store:
+        seen = module.Vault(store).seen.audit
+        for number in range(3):
+            store.write(lambda tx, number=number: module.record(tx, "test.leaf", str(number), {}))
+    rows = all_leaves(vault_place)
+    assert len(rows) == seen[0] + 3
+    put_leaves(vault_place, rewritten(rows, seen[0] + 1, lambda leaf: leaf.update(actor="nobody"))[:-1])
+    status, done = verified(vault_place)
+    assert (status, done["size"], done["anchored"]) == (0, seen[0] + 2, seen[0])
+    put_leaves(vault_place, rewritten(rows, seen[0], lambda leaf: leaf.update(actor="nobody")))
+    assert verified(vault_place)[0] == 1
+
+
+def test_forged_or_changed_anchors_are_found(module: Any, vault_place: Place) -> None:
+    """By a stranger's key, with another size or head, of another vault, or nonsense: findings, never a crash."""
+    document, signature = (lambda row: (json.loads(row[0]), row[1]))(fetch(vault_place.db, "SELECT document, signature FROM audit_anchors ORDER BY seq")[-1])
+    own = module.Keys.new()
+    mine = {**document, "approver": own.fingerprint}
+    odd = [({**document, "size": 1}, signature), ({**document, "head": "0" * 64}, signature), ({**document, "at": 1}, signature), (mine, signature),
+           (mine, own.sign(statement("anchor", mine))), (document, own.sign(statement("anchor", document))), (document, bytes(64)), ({}, signature),
+           ({**document, "approver": 7}, signature), ({**document, "size": "9"}, signature), ({**document, "size": [1]}, signature)]  # fmt: skip
+    for changed, signed in odd:
+        with attacking(vault_place.db) as con:
+            con.execute("UPDATE audit_anchors SET document = ?, signature = ? WHERE seq = 1", (canonical(changed), signed))
+        assert findings(module, vault_place), changed
+    for text in ("[]", "7", "null", json.dumps(document)):
+        with attacking(vault_place.db) as con:
+            con.execute("UPDATE audit_anchors SET document = ?, signature = ? WHERE seq = 1", (text, signature))
+        done = vault_place.call("--json", "audit", "verify")
+        assert (done.status, "Traceback" in done.err) == (1, False), (text, done.err)
+
+
+def test_an_odd_grant_is_a_finding_and_stops_no_listing(module: Any, vault_place: Place) -> None:
+    """Whatever somebody writes into a grant, a request or a leaf, each command ends with a status of the contract."""
+    with opened(module, vault_place) as store:
+        consent = asked(module, store, "mid", mode="collect").consent_id
+    vault_place.ok("consent", "approve", consent, *signed_as(vault_place, "olga"))
+    right = fetch(vault_place.db, "SELECT document FROM consent_grants")[0][0]
+    for text in ("{}", "[]", "7", canonical({**json.loads(right), "size": "1"}), canonical({**json.loads(right), "more": 1})):
+        with attacking(vault_place.db) as con:
+            con.execute("UPDATE consent_grants SET document = ?", (text,))
+        done = vault_place.call("--json", "audit", "verify")
+        assert (done.status, done.out != "") == (1, True), (text, done.err)
+    with attacking(vault_place.db) as con:
+        con.execute("UPDATE consent_grants SET document = ?", (right,))
+
+
+LISTINGS = (("secret", "list"), ("secret", "show", "mid"), ("secret", "history", "mid"), ("consent", "pending"), ("consent", "history"), ("consent", "stats"),
+            ("audit", "list"), ("audit", "export"), ("approver", "list"), ("audit", "verify"))  # fmt: skip
+
+
+@pytest.mark.parametrize(("table", "column"), [("secret_entries", "header"), ("secret_consent_records", "request"), ("secret_consent_records", "observed"),
+                                               ("audit_log", "leaf"), ("vault_rosters", "document"), ("audit_anchors", "document")])  # fmt: skip
+def test_nonsense_in_a_column_never_ends_in_a_traceback(module: Any, vault_place: Place, table: str, column: str, capfd: pytest.CaptureFixture[str],
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """JSON of another shape, in any row: each listing says something and ends with a status of the contract."""
+    monkeypatch.setattr(module, "harden", lambda: (0o077, (0, 0)))  # this process goes on after the command
+    with opened(module, vault_place) as store:
+        asked(module, store, "mid", mode="collect")
+    count = fetch(vault_place.db, f"SELECT COUNT(*) FROM {table}")[0][0]
+    assert count > 0
+    for text in ("{}", "[]", "7", '"text"', "null"):
+        with attacking(vault_place.db) as con:
+            con.execute(f"UPDATE {table} SET {column} = ? WHERE rowid = (SELECT MAX(rowid) FROM {table})", (text,))
+        for words in LISTINGS:
+            status = module.call(["--db", str(vault_place.db), "--json", *words])
+            said = capfd.readouterr()
+            assert status in (0, 1, 3, 5), (text, words, status, said.err)
+            assert "Traceback" not in said.err
+
+
+def test_when_the_log_was_rewritten_only_low_risk_opens(module: Any, vault_place: Place) -> None:
+    """Rolled back, says the refusal in the log; new requests, and the approvers too, stop; low risk goes on."""
+    rows = all_leaves(vault_place)
+    for changed in (rows[:-4], rewritten(rows, 3, lambda leaf: leaf.update(actor="nobody"))):
+        put_leaves(vault_place, changed)
+        for key in ("mid", "grave", "pair"):
+            assert "rolled back" in cause_of(module, vault_place, key)
+        with opened(module, vault_place) as store, pytest.raises(module.RefusedError, match="rolled back"):
+            module.unlock(module.Vault(store), "olga", word_file(vault_place, "olga"))
+        low_still_opens(module, vault_place)
+        put_leaves(vault_place, rows)
+
+
+def independently(lines: list[Row], trusted: set[str]) -> list[str]:
+    """What somebody without grace finds in an exported log: hashlib for the chain, Ed25519 for what was signed of it."""
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+    found: list[str] = []
+    size, head, heads = 0, "0" * 64, {}
+    for line in (line for line in lines if line["type"] == "leaf"):
+        if hashlib.sha256(b"grace/audit/1\n" + line["leaf"].encode()).hexdigest() != line["hash"]:
+            found.append(f"leaf {line['seq']}")
+        elif (line["seq"], json.loads(line["leaf"])["seq"], json.loads(line["leaf"])["previous"]) != (size + 1, size + 1, head):
+            found.append(f"place of leaf {line['seq']}")
+        size, head = line["seq"], line["hash"]
+        heads[size] = head
+    keys = {line["fingerprint"]: Ed25519PublicKey.from_public_bytes(base64.b64decode(line["sign"])) for line in lines if line["type"] == "approver"}
+    for line in (line for line in lines if line["type"] == "signed"):
+        try:
+            assert line["approver"] in trusted
+            keys[line["approver"]].verify(base64.b64decode(line["signature"]), line["text"].encode())
+            label, _, text = line["text"].partition("\n")
+            signed = json.loads(text)
+            signed = signed[0] if label == "grace/grant-signature/1" else signed
+            assert label in ("grace/anchor/1", "grace/grant-signature/1")
+            assert (signed["size"], signed["head"]) == (line["size"], line["head"])
+            assert heads.get(signed["size"]) == signed["head"]
+        except (AssertionError, InvalidSignature):
+            found.append(f"signature under {line['size']}")
+    return found
+
+
+def test_the_exported_log_is_verified_without_grace(module: Any, vault_place: Place) -> None:
+    """JSON lines with all leaves, the approvers' keys and what they signed; any change in them is found by others too."""
+    olga = entered(module, vault_place)
+    with opened(module, vault_place) as store:
+        consent = asked(module, store, "mid", mode="collect").consent_id
+    vault_place.ok("consent", "approve", consent, *signed_as(vault_place, "olga"))
+    lines = vault_place.ok("audit", "export").lines
+    assert [line["seq"] for line in lines if line["type"] == "leaf"] == list(range(1, len(all_leaves(vault_place)) + 1))
+    assert {line["name"] for line in lines if line["type"] == "approver"} == set(WORDS)
+    kinds = {line["text"].partition("\n")[0] for line in lines if line["type"] == "signed"}
+    assert kinds == {"grace/anchor/1", "grace/grant-signature/1"}
+    trusted = {olga.keys.fingerprint}
+    assert independently(lines, trusted) == []
+    for index, line in enumerate(lines):
+        for name, value in line.items():
+            if line["type"] != "approver" and name not in ("type", "approver"):
+                odd = value + 1 if isinstance(value, int) else ("A" if value[-9] != "A" else "B").join((value[:-9], value[-8:]))
+                assert independently([*lines[:index], {**line, name: odd}, *lines[index + 1 :]], trusted), (line["type"], name)
+    assert not any(value in json.dumps(lines).encode() for value in ALL_VALUES)
+
+
+# ---- after a restored copy
+
+
+def restore_early(place: Place) -> None:
+    """The database as the backup has it; the key files stay as they are."""
+    for name in ("grace.db", "grace.db-wal", "grace.db-shm"):
+        (place.folder / name).unlink(missing_ok=True)
+    copy_rows(place.folder / "early.db", place.db)
+
+
+def test_a_restored_copy_opens_low_risk_only_until_an_approver_accepts_it(module: Any, vault_place: Place) -> None:
+    """It is told from an attack by nobody but the approver, who is shown both heads; then it counts, and the log says so."""
+    restore_early(vault_place)
+    low_still_opens(module, vault_place)
+    with opened(module, vault_place) as store, pytest.raises(module.DeniedError):
+        asked(module, store, "mid")
+    assert verified(vault_place)[0] == 1
+    refused = vault_place.call("audit", "anchor", *signed_as(vault_place, "olga"))
+    assert (refused.status, "rolled back" in refused.err) == (5, True)
+    done = vault_place.json("audit", "anchor", "--accept", *signed_as(vault_place, "olga"))
+    assert done["accepted"]
+    assert done["seen_before"]["machine"][0] > 0
+    assert verified(vault_place)[0] == 0
+    with opened(module, vault_place) as store:
+        (leaf,) = leaves(store, "audit.accepted")
+        assert leaf["facts"]["seen"] == done["seen_before"]
+    assert released(vault_place, "mid", "olga", options=("--user", "olga")) == OLD_MID
+    ben = vault_place.call("audit", "anchor", *signed_as(vault_place, "ben"))
+    assert ben.status == 0 or "rolled back" in ben.err, "another approver has to accept it for himself"
+
+
+def test_after_a_restored_copy_every_name_can_be_used_again(module: Any, vault_place: Place) -> None:
+    """Also one that the copy does not hold, and one that it holds at an older version: stored, opened, at any version."""
+    vault_place.ok("secret", "rotate", "grave", *as_olga(vault_place), stdin=b"second")
+    restore_early(vault_place)
+    vault_place.ok("audit", "anchor", "--accept", *signed_as(vault_place, "olga"))
+    for key in ("mid", "grave"):
+        vault_place.ok("secret", "set", key, *as_olga(vault_place), stdin=b"after the copy")
+        assert released(vault_place, key, "olga", options=("--user", "olga")) == b"after the copy"
+
+
+def test_a_restored_copy_from_before_an_approver_was_added_can_be_accepted_too(module: Any, vault_place: Place) -> None:
+    """A lost newer list of approvers must not lock everybody out for good; without --accept it is refused."""
+    copy_rows(vault_place.db, vault_place.folder / "early.db")
+    (vault_place.folder / "dora.word").write_bytes(b"dora mends the roof\n")
+    (vault_place.folder / "dora.word").chmod(0o600)
+    vault_place.ok("approver", "add", "dora", "--role", "user", "--new-passphrase-file", str(vault_place.folder / "dora.word"), *signed_as(vault_place, "olga"))
+    restore_early(vault_place)
+    all_refused(module, vault_place, "rolled back")
+    refused = vault_place.call("audit", "anchor", *signed_as(vault_place, "olga"))
+    assert (refused.status, refused.out) == (5, "")
+    done = vault_place.call("audit", "anchor", "--accept", *signed_as(vault_place, "olga"))
+    assert done.status == 0, done.err
+    assert verified(vault_place)[0] == 0
+    assert released(vault_place, "mid", "olga", options=("--user", "olga")) == VALUES["mid"]
