@@ -1427,11 +1427,19 @@ def odd_leaf(row: Row, size: int, head: str) -> str | None:
     return None
 
 
+def stored_object(text: str) -> Row:
+    """A stored JSON text for a listing, where nothing is verified; empty when somebody has put something else there."""
+    value = json.loads(text)
+    return value if isinstance(value, dict) else {}
+
+
 def leaf_document(row: Row) -> Row:
-    """A leaf as it is shown."""
-    leaf = json.loads(row["leaf"])
-    return {"seq": row["seq"], "at": format_instant(leaf["at"]), "kind": leaf["kind"], "actor": leaf["actor"], "subject": leaf["subject"],
-            "facts": leaf["facts"], "previous": leaf["previous"], "hash": row["hash"]}  # fmt: skip
+    """A leaf as it is shown, whatever it holds."""
+    leaf = stored_object(row["leaf"])
+    at, facts = leaf.get("at"), leaf.get("facts")
+    said = {name: str(leaf.get(name, "?")) for name in ("kind", "actor", "subject")}
+    return {"seq": row["seq"], "at": format_instant(at) if isinstance(at, int) else None, **said,
+            "facts": facts if isinstance(facts, dict) else {}, "previous": leaf.get("previous"), "hash": row["hash"]}  # fmt: skip
 
 
 # =====================================================================================================================
@@ -1611,7 +1619,7 @@ def vault_folder(vault_id: str) -> str:
 
 def write_private(path: str, document: Row) -> None:
     """Write a file that only its owner reads, whole or not at all."""
-    folder = os.path.dirname(path)
+    folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, mode=0o700, exist_ok=True)
     beside = f"{path}.{os.getpid()}.new"
     fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
@@ -1731,11 +1739,12 @@ class Seen:
             if canonical([list(self.roster), list(self.audit), self.secrets]) != before:
                 self.save()
 
-    def accept(self, audit: tuple[int, str], headers: dict[str, Row], machine: str) -> None:
+    def accept(self, roster: tuple[int, str], audit: tuple[int, str], headers: dict[str, Row], machine: str) -> None:
         """Take the database as it is for what was seen: after a restored copy, and only when its owner says so."""
         with folder_lock(os.path.dirname(self.path)):
             self.load()
-            self.audit = audit
+            self.roster, self.audit = roster, audit
+            self.secrets = {key: [0, "", owned] for key, (_, _, owned) in self.secrets.items()}
             for key, header in headers.items():
                 owned = self.secrets.get(key, [0, "", False])[2] or header["owner"] != machine
                 self.secrets[key] = [header["version"], hash_of("header", header), owned]
@@ -1807,7 +1816,13 @@ def follow_rosters(rows: list[Row], vault_id: str, root: str, seen: tuple[int, s
     """The newest list of approvers, each list signed by an approver of the one before, from the root on; RefusedError.
 
     `root` is the hash of the first list; `seen` the newest number and hash known to whoever asks."""
+    return rosters_until(rows, vault_id, root, seen)[-1]
+
+
+def rosters_until(rows: list[Row], vault_id: str, root: str, seen: tuple[int, str]) -> list[Row]:
+    """All lists of approvers, verified."""
     current: Row | None = None
+    verified: list[Row] = []
     for number, row in enumerate(rows, 1):
         try:
             roster = parse_canonical(row["document"])
@@ -1824,9 +1839,10 @@ def follow_rosters(rows: list[Row], vault_id: str, root: str, seen: tuple[int, s
         if number == seen[0] and this != seen[1]:
             raise RefusedError(f"the roster {number} is another one than the one seen before")
         current = roster
-    if current is None or current["number"] < seen[0]:
+        verified.append(roster)
+    if not verified or len(verified) < seen[0]:
         raise RefusedError("rolled back: a newer list of approvers was seen before")
-    return current
+    return verified
 
 
 def active(roster: Row) -> list[Row]:
@@ -1861,7 +1877,8 @@ class Vault:
 
     LockedError before `grace init`, and where the machine's key is missing."""
 
-    def __init__(self, store: Store):
+    def __init__(self, store: Store, accepting: bool = False):
+        """`accepting`: whoever opens it is to decide whether an older list of approvers counts again."""
         self.store = store
         store.overwrite_deleted()
         self.id = store.value(GET_VAULT) or ""
@@ -1876,15 +1893,14 @@ class Vault:
         self.machine = Keys(from_b64(document.get("private"), "the machine's key"))
         self.root = str(document.get("root"))
         self.seen = Seen.of(os.path.join(self.folder, "machine.seen"), self.id, "machine", derived(self.machine.private, "seen"))
-        self.roster = self.follow(store, self.seen)
-        self.seen.learn(roster=self.roster_mark)
+        self.rosters = rosters_until(store.all(ROSTERS), self.id, self.root, (0, "") if accepting else self.seen.roster)
+        self.roster = self.rosters[-1]
+        if not accepting:
+            self.seen.learn(roster=self.roster_mark)
 
     @property
     def roster_mark(self) -> tuple[int, str]:
         return self.roster["number"], hash_of("roster", self.roster)
-
-    def follow(self, reader: Reader, seen: Seen) -> Row:
-        return follow_rosters(reader.all(ROSTERS), self.id, self.root, seen.roster)
 
     def rolled_back(self, reader: Reader) -> bool:
         """Whether the audit log is not what this machine has seen: only low-risk secrets open then."""
@@ -1916,9 +1932,9 @@ class Vault:
 
     def was_owned(self, reader: Reader, key: str) -> bool:
         """Whether a version of a secret was ever sealed by an approver."""
-        machine = {fingerprint(roster["machine"]) for row in reader.all(ROSTERS) for roster in [json.loads(row["document"])]}
-        owners = {json.loads(row["header"]).get("owner") for row in reader.all(VERSIONS_OF, key=key)}
-        return bool(owners - machine) or bool(self.seen.secrets.get(key, [0, "", False])[2])
+        machines = {fingerprint(roster["machine"]) for roster in self.rosters}
+        owners = {str(stored_object(row["header"]).get("owner")) for row in reader.all(VERSIONS_OF, key=key)}
+        return bool(owners - machines) or bool(self.seen.secrets.get(key, [0, "", False])[2])
 
 
 def nearest_hint(word: str, known: Iterable[str], see: str) -> str:
@@ -1996,6 +2012,17 @@ def without_removed(policy: Row, roster: Row) -> Row:
     return {"all": [{**group, "members": [member for member in group["members"] if member in here]} for group in policy["all"]]}
 
 
+def reshared_policy(before: Row, roster: Row) -> Row:
+    """The groups of a header among the approvers that there are now; a group that left out somebody by name stays as it is."""
+    groups = []
+    for group in without_removed(before["policy"], roster)["all"]:
+        everybody = members_of(roster, group["group"])
+        known = {fingerprint(person) for person in active(roster) if person["added"] < before["created"]}
+        named = known & set(everybody) - set(group["members"])
+        groups.append(group if named else {**group, "members": everybody})
+    return {"all": groups}
+
+
 NEW_SECRET: Row = {"service": None, "type": None, "username": None, "risk": "medium", "action_risks": {}, "allow_standing": False, "expires": None,
                    "rotate_every": None, "rotate_with": None}  # fmt: skip
 
@@ -2008,10 +2035,12 @@ def next_header(vault_id: str, roster: Row, key: str, before: Row | None, versio
         if options.get("policy"):
             raise ValueError("a secret of low risk is opened by this machine; a policy would mean nothing")
         policy = low_policy(roster)
-    elif options.get("policy") or before is None or before["risk"] == "low" or fields["risk"] != before["risk"]:
+    elif options.get("policy") or before is None or before["risk"] == "low":
         policy = build_policy(options.get("policy") or parse_policy(default_policy(fields["risk"])), roster)
-    else:
-        policy = without_removed(before["policy"], roster)
+    else:  # a higher risk may add a group, and takes none away
+        kept_groups = without_removed(before["policy"], roster)["all"]
+        added = [part for part in parse_policy(default_policy(fields["risk"])) if part["group"] not in {group["group"] for group in kept_groups}]
+        policy = {"all": [*kept_groups, *build_policy(added, roster)["all"]]}
     return {"format": "grace-secret/1", "vault_id": vault_id, "key": key, "version": version, "created": now, **fields, "policy": policy,
             "same_person": len(active(roster)) == 1}  # fmt: skip
 
@@ -2128,9 +2157,9 @@ class Approver:
         self.vault_id = vault_id
         self.roster: Row = {}
 
-    def meet(self, rosters: list[Row]) -> Approver:
+    def meet(self, rosters: list[Row], accepting: bool = False) -> Approver:
         """Follow the lists of approvers from the first on; DeniedError when this key is not on the newest."""
-        self.roster = follow_rosters(rosters, self.vault_id, self.root, self.seen.roster)
+        self.roster = follow_rosters(rosters, self.vault_id, self.root, (0, "") if accepting else self.seen.roster)
         person = person_of(self.roster, self.keys.fingerprint)
         if person is None or person["removed"] is not None:
             raise DeniedError(f"{self.name} is not an approver any more")
@@ -2762,6 +2791,8 @@ def claim_parts(tx: Tx, vault: Vault, consent_id: str, keys: Keys | None, own_re
             if wrap_hash(stored["wrap"]) != stored["wrap_hash"]:
                 raise RefusedError("the part in a grant was changed")
             parts.setdefault(grant["group"], {})[grant["index"]] = keys.unwrap(bytes(stored["wrap"]), statement("grant", grant))
+    if holders(header, "machine"):  # a secret of low risk, asked for at a higher one: the program alone holds it back
+        parts.update(own_shares(vault.machine, entry, header, tx.all(SHARES_OF, key=header["key"], version=header["version"])))
     spend(tx, consent_id, request)
     return header, bytes(entry["sealed"]), parts
 
@@ -2837,7 +2868,10 @@ def newest_roster(reader: Reader) -> Row:
     row = reader.one("SELECT document FROM vault_rosters ORDER BY number DESC LIMIT 1")
     if row is None:
         raise LockedError("there is no vault yet", "make one: grace init")
-    roster: Row = json.loads(row["document"])
+    roster = stored_object(row["document"])
+    people = roster.get("approvers")
+    if not isinstance(people, list) or not all(isinstance(person, dict) and {"name", "hpke", "sign"} <= set(person) for person in people):
+        raise RefusedError("the list of approvers is damaged")
     return roster
 
 
@@ -7013,6 +7047,8 @@ def approver_import(app: App, file: str) -> None:
     if len(parts) != 2:
         raise UsageError("FILE: this is no exported approver")
     vault_id, name = str(parts[0].get("vault_id")), str(parts[0].get("name"))
+    if [part.get("format") for part in parts] != [KEY_FILE, SEEN_FILE] or name.lower() == "machine":
+        raise UsageError("FILE: this is no exported approver")
     if not VAULT_ID.fullmatch(vault_id) or not NAME.fullmatch(name) or (parts[1].get("vault_id"), parts[1].get("name")) != (vault_id, name):
         raise UsageError("FILE: this is no exported approver")
     folder = vault_folder(vault_id)
@@ -7031,9 +7067,11 @@ def write_text(app: App, out: str | None, document: Row) -> None:
         write_json(document)
         return
     try:
-        fd = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(fd, "w") as file:
-            file.write(json.dumps(document) + "\n")
+        if os.path.exists(out) and not os.path.isfile(out):  # a pipe, such as a shell's >(…)
+            with open(out, "w", encoding="ascii") as file:
+                file.write(json.dumps(document) + "\n")
+        else:
+            write_private(out, document)
     except OSError as error:
         raise UsageError(f"--out: cannot write {printable(out)}: {error.strerror}") from None
     app.show({"file": out}, lambda: write_out(f"written: {printable(out)}"))
@@ -7123,7 +7161,7 @@ def secret_document(vault: Vault, entry: Row) -> Row:
     try:
         header, verified = vault.checked(vault.store, entry), True
     except RefusedError:
-        header, verified = json.loads(entry["header"]), False
+        header, verified = stored_object(entry["header"]), False
     owner = (
         "machine"
         if header.get("owner") == fingerprint(vault.roster["machine"])
@@ -7189,12 +7227,13 @@ def secret_reshare(app: App, key: str, policy: list[Row] | None, approver: tuple
         if short:
             raise DeniedError(f"{key} needs more approvers of {' and '.join(short)} to be opened", "name them: --approver NAME --approver NAME")
         value = open_value(before, bytes(entry["sealed"]), parts)
-    options = {"policy": policy or [{"group": g["group"], "threshold": g["threshold"], "of": None, "names": None} for g in before["policy"]["all"]]}
+    low = before["risk"] == "low"
     try:
-        fields = next_header(vault.id, vault.roster, key, before, before["version"] + 1, {} if before["risk"] == "low" else options, clock())
+        fields = next_header(vault.id, vault.roster, key, before, before["version"] + 1, {"policy": policy}, clock())
     except ValueError as error:
         raise UsageError(f"--policy: {error}") from None
-    low = before["risk"] == "low"
+    if not low and not policy:
+        fields["policy"] = reshared_policy(before, vault.roster)
     made = seal(vault.machine if low else people[0].keys, fields, value, vault.roster)
     stored = store.write(lambda tx: store_version(tx, made, "reshared", people[0]))
     people[0].learn(audit_head(store), made["header"])
@@ -7868,21 +7907,21 @@ def audit_list(app: App, limit: int) -> None:
     app.show(documents, lambda: show_table(("SEQ", "AT", "WHAT", "ABOUT", "FACTS"), rows, "nothing yet"))
 
 
+ANCHOR_SHAPE: Shape = {"format": TEXT, "vault_id": TEXT, "approver": TEXT, "size": NUMBER, "head": TEXT, "at": NUMBER}
+
+
 def signed_heads(store: Store) -> Iterator[Row]:
-    """What approvers have signed of the log: size, head, fingerprint, and the bytes and signature to check."""
-    for row in store.all(ALL_ANCHORS):
-        document = json.loads(row["document"])
-        yield {
-            "size": document["size"],
-            "head": document["head"],
-            "approver": document["approver"],
-            "text": statement("anchor", document),
-            "signature": bytes(row["signature"]),
-        }
-    for row in store.all(ALL_GRANTS):
-        grant = grant_of(row["document"])
-        yield {"size": grant["size"], "head": grant["head"], "approver": grant["approver"], "text": statement("grant-signature", [grant, row["wrap_hash"]]),
-               "signature": bytes(row["signature"])}  # fmt: skip
+    """What approvers have signed of the log: size, head, fingerprint, and the bytes and signature to check.
+
+    What has not the shape of a signed statement comes as one that nobody has signed."""
+    stored = [(row, "anchor", ANCHOR_SHAPE) for row in store.all(ALL_ANCHORS)] + [(row, "grant-signature", GRANT_SHAPE) for row in store.all(ALL_GRANTS)]
+    for row, label, shape in stored:
+        try:
+            document = shaped(parse_canonical(row["document"]), shape, "a signed statement")
+        except (ValueError, RefusedError):
+            document = {"size": 0, "head": NO_HEAD[1], "approver": ""}
+        text = statement(label, document if label == "anchor" else [document, row["wrap_hash"]])
+        yield {"size": document["size"], "head": document["head"], "approver": document["approver"], "text": text, "signature": bytes(row["signature"])}
 
 
 def verify_log(store: Store, roster: Row, pins: dict[str, tuple[int, str]]) -> Row:
@@ -7960,26 +7999,31 @@ def audit_export(app: App) -> None:
 @command("audit anchor", SIGNER, PASSPHRASE, opt("--accept", is_flag=True, help="Even when the log is not the one seen before, as after a restored copy."))
 def audit_anchor(app: App, approver: str | None, passphrase_file: str | None, accept: bool) -> None:
     """Sign the log as it is now. After a restored copy of the database, --accept makes it the one that counts."""
-    store, vault = open_vault(app)
+    harden()
+    store = app.store()
+    with refusals(store, "vault", plain=False):
+        vault = Vault(store, accepting=accept)
     name = choose_approver(vault, approver)
+    typed = passphrase(passphrase_file, name)
     with refusals(store, name, plain=False):
-        person = Approver(name, vault.folder, vault.id, passphrase(passphrase_file, name)).meet(store.all(ROSTERS))
-    before = {"machine": list(vault.seen.audit), name: list(person.seen.audit)}
-    intact = extends(store, vault.seen.audit) and extends(store, person.seen.audit)
-    if not intact and not accept:
-        raise RefusedError("rolled back: the audit log is not the one seen before; --accept would make it the one that counts")
+        person = Approver(name, vault.folder, vault.id, typed).meet(store.all(ROSTERS), accept)
+        before = {who: [*seen.audit, seen.roster[0]] for who, seen in (("machine", vault.seen), (name, person.seen))}
+        known = all(extends(store, seen.audit) and seen.roster[0] <= vault.roster["number"] for seen in (vault.seen, person.seen))
+        if not known and not accept:
+            raise RefusedError("rolled back: the audit log is not the one seen before; --accept would make it the one that counts")
+        headers = {row["secret_key"]: vault.checked(store, row) for row in store.all(CURRENT_SECRETS)} if accept else {}
 
     def put(tx: Tx) -> None:
-        record(tx, "audit.anchored" if intact else "audit.accepted", name, {} if intact else {"seen": before})
+        record(tx, "audit.accepted" if accept else "audit.anchored", name, {"seen": before} if accept else {})
         anchor(tx, person)
 
     store.write(put)
     head = audit_head(store)
     for seen in (person.seen, vault.seen):
-        if not intact:
-            seen.accept(head, {row["secret_key"]: vault.checked(store, row) for row in store.all(CURRENT_SECRETS)}, vault.machine.fingerprint)
-        seen.learn(audit=head)
-    document = {"size": head[0], "head": head[1], "approver": name, "accepted": not intact, "seen_before": before}
+        if accept:
+            seen.accept(vault.roster_mark, head, headers, vault.machine.fingerprint)
+        seen.learn(vault.roster_mark, head)
+    document = {"size": head[0], "head": head[1], "approver": name, "accepted": accept, "seen_before": before}
     app.show(document, lambda: write_out(f"{name} has signed the log of {head[0]} leaves, head {head[1][:16]}"))
 
 

@@ -14,10 +14,13 @@ import hashlib
 import itertools
 import json
 import os
+import random
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+import tempfile
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -819,6 +822,7 @@ def test_the_records_beside_the_keys_cannot_be_changed_or_exchanged(module: Any,
         with pytest.raises(module.LockedError, match="missing"):
             entered(module, vault_place)
         assert not path.exists(), "a missing record is not made anew"
+        path.touch(mode=0o600)
         path.write_bytes(right)
     assert entered(module, vault_place)
 
@@ -1205,19 +1209,19 @@ def test_what_verify_finds_ends_it_with_1_in_words_and_in_json(vault_place: Plac
 
 def test_a_cut_or_rewritten_log_is_found_up_to_the_newest_head_that_was_seen(module: Any, vault_place: Place) -> None:
     """With all hashes made anew it is a chain again, but not the one that the machine, an anchor or an approver has seen."""
-    rows = all_leaves(vault_place)
+    rows, anchors = all_leaves(vault_place), fetch(vault_place.db, "SELECT document, signature FROM audit_anchors ORDER BY seq")
     olga = entered(module, vault_place)
-    seen_machine, seen_olga = json.loads(canonical(entered(module, vault_place).seen.audit)), olga.seen.audit
-    assert seen_machine[0] <= len(rows)
     for start in (1, 2, len(rows) // 2, len(rows)):
         put_leaves(vault_place, rewritten(rows, start, lambda leaf: leaf.update(actor="nobody")))
         assert any("this machine has seen another leaf" in finding for finding in findings(module, vault_place))
-    for start in (1, seen_olga[0]):
+    for start in (1, olga.seen.audit[0]):
         put_leaves(vault_place, rewritten(rows, start, lambda leaf: leaf.update(facts={"nothing": True})))
         assert any("olga has signed another leaf" in finding for finding in findings(module, vault_place)), "the anchor in the database"
         with attacking(vault_place.db) as con:
             con.execute("DELETE FROM audit_anchors")
         assert any("olga has seen another leaf" in finding for finding in findings(module, vault_place, olga)), "her own record"
+        with attacking(vault_place.db) as con:
+            con.executemany("INSERT INTO audit_anchors (document, signature) VALUES (?, ?)", anchors)
     for size in range(len(rows)):
         put_leaves(vault_place, rows[:size])
         assert any("cut or rewritten" in finding for finding in findings(module, vault_place)), size
@@ -1417,3 +1421,452 @@ def test_a_restored_copy_from_before_an_approver_was_added_can_be_accepted_too(m
     assert done.status == 0, done.err
     assert verified(vault_place)[0] == 0
     assert released(vault_place, "mid", "olga", options=("--user", "olga")) == VALUES["mid"]
+
+
+# ---- what somebody opens who has the files
+
+
+def everything_openable(module: Any, db: Path, owned: list[Any]) -> Row:
+    """Try to open all that a database file holds with these keys, with the program's own functions and without its checks.
+
+    Every wrapped thing (parts of secrets, parts in grants, kept keys of requests) is tried with every key and the text it was
+    bound to; keys that come out are tried as well; then every version's key is put together from whatever parts came out."""
+    store = module.Store(str(db), "thief")
+    keys, values, parts, unwrapped = list(owned), {}, {}, 0
+    entries = store.all("SELECT * FROM secret_entries")
+    consents = store.all("SELECT * FROM secret_consent_records")
+
+    def tried(key: Any, wrap: bytes | None, info: bytes) -> bytes | None:
+        with contextlib.suppress(module.RefusedError):
+            return bytes(key.unwrap(bytes(wrap or b""), info))
+        return None
+
+    for row in consents:
+        request = json.loads(row["request"])
+        for key in list(keys):
+            if private := tried(key, row["ephemeral"], statement("ephemeral", hash_of("request", request))):
+                keys.append(module.Keys(private))
+                unwrapped += 1
+    for entry in entries:
+        header = json.loads(entry["header"])
+        sealed = bytes(entry["sealed"] or b"")
+        for share in store.all("SELECT * FROM secret_shares WHERE secret_key = :key AND version = :version", key=entry["secret_key"], version=entry["version"]):
+            info = module.share_info(hash_of("header", header), hashlib.sha256(sealed).hexdigest(), share["group_name"], share["member"], share["share_index"])
+            for key in keys:
+                if part := tried(key, share["wrap"], info):
+                    parts.setdefault(entry["seq"], {}).setdefault(share["group_name"], {})[share["share_index"]] = part
+    for grant in store.all("SELECT g.*, c.secret_key, c.secret_version FROM consent_grants g JOIN secret_consent_records c USING (consent_id)"):
+        document = json.loads(grant["document"])
+        (entry,) = (entry for entry in entries if (entry["secret_key"], entry["version"]) == (grant["secret_key"], grant["secret_version"]))
+        for key in keys:
+            if part := tried(key, grant["wrap"], statement("grant", document)):
+                parts.setdefault(entry["seq"], {}).setdefault(document["group"], {})[document["index"]] = part
+    for entry in entries:
+        header = json.loads(entry["header"])
+        with contextlib.suppress(module.RefusedError):
+            value = module.open_value(header, bytes(entry["sealed"] or b""), parts.get(entry["seq"], {}))
+            values.setdefault(entry["secret_key"], []).append(value.decode())
+    store.close()
+    return {"values": values, "parts": sum(len(group) for of in parts.values() for group in of.values()), "kept_keys": unwrapped}
+
+
+def as_plain_user(work: Callable[[], Any]) -> Any:
+    """What `work` returns in a child process under user id 65534; what it raises fails the test."""
+    source, sink = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setgroups([])
+            os.setresgid(65534, 65534, 65534)
+            os.setresuid(65534, 65534, 65534)
+            answer = json.dumps({"uid": os.geteuid(), "value": work()})
+        except BaseException as error:
+            answer = json.dumps({"error": repr(error)})
+        os.write(sink, answer.encode())
+        os._exit(0)
+    os.close(sink)
+    with os.fdopen(source, "rb") as stream:
+        said = json.loads(stream.read())
+    os.waitpid(pid, 0)
+    assert said.get("uid") == 65534, said
+    return said["value"]
+
+
+@pytest.fixture(scope="module")
+def loot(world: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A busy vault's database with WAL, and backups of several moments: before, between and after the approval of a collect request,
+    with a waiting process's request, approved and used; the machine's key beside them."""
+    folder = tmp_path_factory.mktemp("busy")
+    shutil.copytree(world.folder, folder, symlinks=True, ignore=shutil.ignore_patterns("grace.db*", "grace"), dirs_exist_ok=True)
+    shutil.copytree(world.folder / ".config", folder / ".config", dirs_exist_ok=True)
+    copy_rows(world.db, folder / "grace.db")
+    place = Place(folder)
+    target = folder / "loot"
+    target.mkdir()
+    copy_rows(folder / "early.db", target / "early.db")
+    consent = place.json("consent", "request", "mid", "--action", "use", "--for", "a test")["consent_id"]
+    grave = place.json("consent", "request", "grave", "--action", "use", "--for", "a test")["consent_id"]
+    place.ok("consent", "approve", grave, "--as", "user", *signed_as(place, "anna"))
+    waiting = place.start("secret", "get", "pair", "--action", "use", "--for", "a test", "--user", "anna")
+    (pair,) = until(lambda: [row for row in place.json("consent", "pending") if row["secret_key"] == "pair"], "the request")
+    place.ok("consent", "approve", pair["consent_id"], *signed_as(place, "anna"))
+    for suffix in ("", "-wal"):
+        shutil.copy(f"{place.db}{suffix}", target / f"torn.db{suffix}")
+    copy_rows(place.db, target / "before.db")
+    place.ok("consent", "approve", pair["consent_id"], *signed_as(place, "ben"))
+    assert waiting.wait(60) == 0
+    place.ok("consent", "approve", consent, *signed_as(place, "olga"))
+    copy_rows(place.db, target / "between.db")
+    assert place.ok("secret", "get", "mid", "--action", "use", "--for", "a test", "--consent", consent).raw_out == VALUES["mid"]
+    assert place.ok("secret", "get", "open", "--action", "use", "--for", "a test").raw_out == VALUES["open"]
+    for suffix in ("", "-wal"):
+        shutil.copy(f"{place.db}{suffix}", target / f"now.db{suffix}")
+    copy_rows(place.db, target / "after.db")
+    shutil.copy(keys_folder(place) / "machine.key", target / "machine.key")
+    yield target
+    place.close()
+
+
+COPIES = ("early", "before", "torn", "between", "after", "now")
+
+
+def robbed(module: Any, loot: Path, name: str, with_machine: bool) -> Row:
+    """What comes out of one copy of the database; as root also for a plain user who owns the copy, and then it is the same."""
+    guessed = [module.Keys(bytes(128)), module.Keys.new()]
+    machine = [module.Keys(base64.b64decode(json.loads((loot / "machine.key").read_bytes())["private"]))] if with_machine else []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy.db"
+        for suffix in ("", "-wal"):
+            if (loot / f"{name}.db{suffix}").exists():
+                shutil.copy(loot / f"{name}.db{suffix}", f"{copy}{suffix}")
+        found = everything_openable(module, copy, [*guessed, *machine])
+        if os.geteuid() == 0:
+            for path in (Path(folder), *Path(folder).iterdir()):
+                os.chown(path, 65534, 65534)
+            assert as_plain_user(lambda: everything_openable(module, copy, [*guessed, *machine])) == found
+    return found
+
+
+def test_database_wal_and_backups_open_nothing_by_themselves(module: Any, loot: Path) -> None:
+    """Of each copy: no part, no kept key, no value; as root and as a plain user."""
+    for name in COPIES:
+        assert robbed(module, loot, name, False) == {"values": {}, "parts": 0, "kept_keys": 0}, name
+
+
+def test_with_the_machines_key_too_nothing_above_low_risk_opens(module: Any, loot: Path) -> None:
+    """But for what a collect request had released in a copy made between its approval and its use, as the documentation says."""
+    low = {"open": [VALUES["open"].decode()]}
+    for name in COPIES:
+        found = robbed(module, loot, name, True)
+        expected = {**low, "mid": [VALUES["mid"].decode()]} if name == "between" else low
+        assert found["values"] == expected, name
+        if name in ("before", "torn"):
+            assert found["kept_keys"] == 2, "the kept keys are the machine's to open"
+            assert found["parts"] == 2, "the low secret's part, and the one that anna has given of `grave`, which is not enough"
+
+
+def test_a_request_whose_status_was_written_by_hand_releases_nothing(module: Any, vault_place: Place) -> None:
+    """Approved by UPDATE, without or with forged grants: refused, not used, and low risk goes on."""
+    with opened(module, vault_place) as store:
+        asking = asked(module, store, "mid", mode="collect")
+    with attacking(vault_place.db) as con:
+        con.execute("UPDATE secret_consent_records SET consent_status = 'approved', approved_at = 1, grant_expires_at = ?, approval_method = 'approver'", (2**50,))
+    done = vault_place.call("secret", "get", "mid", "--action", "use", "--for", "a test", "--consent", asking.consent_id)
+    assert (done.status, done.out) == (5, "")
+    assert "signatures of user are missing" in vault_place.json("audit", "list")[-1]["facts"]["cause"]
+    with attacking(vault_place.db) as con:
+        con.execute("UPDATE secret_consent_records SET approval_method = 'auto', mode = 'once'")
+    done = vault_place.call("secret", "get", "mid", "--action", "use", "--for", "a test", "--consent", asking.consent_id)
+    assert (done.status, done.out) == (5, "")
+    low_still_opens(module, vault_place)
+
+
+def raw_files(place: Place) -> bytes:
+    """All bytes of the database and its WAL, also those that no query shows any more."""
+    return b"".join(path.read_bytes() for path in (place.db, Path(f"{place.db}-wal")) if path.exists())
+
+
+def test_what_was_used_up_is_gone_from_the_bytes_of_the_files(vault_place: Place) -> None:
+    """Wraps and kept key of a used or revoked consent, read raw from database and WAL: nobody else reads there, so nothing is left."""
+    used, revoked = (vault_place.json("consent", "request", "mid", "--action", "use", "--for", f"test {n}")["consent_id"] for n in range(2))
+    for consent in (used, revoked):
+        vault_place.ok("consent", "approve", consent, *signed_as(vault_place, "olga"))
+    kept = [bytes(row[0]) for row in fetch(vault_place.db, "SELECT wrap FROM consent_grants UNION ALL SELECT ephemeral FROM secret_consent_records")]
+    assert len(kept) == 4
+    vault_place.ok("consent", "show", used)
+    assert all(wrap[-64:] in raw_files(vault_place) for wrap in kept), "as long as they count, they are there"
+    assert vault_place.ok("secret", "get", "mid", "--action", "use", "--for", "a test", "--consent", used).raw_out == VALUES["mid"]
+    vault_place.ok("consent", "revoke", revoked, "--reason", "a test")
+    left = raw_files(vault_place)
+    assert [len(wrap) for wrap in kept if wrap[-64:] in left or wrap[:64] in left] == []
+
+
+def test_what_was_replaced_or_removed_is_gone_from_the_bytes_of_the_files(vault_place: Place) -> None:
+    """The sealed value and the parts of an old version, so that a key that is stolen later opens nothing old."""
+    old = [sealed_of(vault_place, key) for key in ("mid", "grave")]
+    parts = [bytes(row["wrap"]) for key in ("mid", "grave") for row in share_rows(vault_place, key)]
+    vault_place.ok("secret", "rotate", "mid", *as_olga(vault_place), stdin=b"newer")
+    vault_place.ok("secret", "remove", "grave")
+    left = raw_files(vault_place)
+    assert [len(data) for data in (*old, *parts) if data[-64:] in left or data[:64] in left] == []
+
+
+def test_a_user_without_the_machines_key_gets_nothing_from_the_command(vault_place: Place, tmp_path: Path) -> None:
+    """The database copied to where the key files are not: exit 7, low risk included."""
+    thief = Place(tmp_path)
+    copy_rows(vault_place.db, thief.db)
+    for words in (("secret", "get", "open", "--action", "use", "--for", "a test"), ("secret", "get", "mid", "--action", "use", "--for", "a test"), ("secret", "list")):
+        done = thief.call(*words)
+        assert (done.status, done.out) == (7, "")
+
+
+# ---- a value is nowhere but where it was asked for
+
+
+def spellings(value: bytes) -> dict[str, bytes]:
+    """How a value may hide in other text: plain, base64 at each of its three alignments, hex, percent signs, JSON, backwards."""
+    found = {"plain": value, "hex": value.hex().encode(), "HEX": value.hex().upper().encode(), "backwards": value[::-1], "utf-16": value.decode().encode("utf-16-le"),
+             "percent": "".join(f"%{byte:02x}" for byte in value).encode(), "quoted": urllib.parse.quote(value, safe="").encode()}  # fmt: skip
+    for shift in range(3):
+        text = base64.b64encode(bytes(shift) + value)
+        start = (8 * shift + 5) // 6
+        end = 4 * ((shift + len(value)) // 3)
+        found[f"base64 at {shift}"] = text[start:end]
+        found[f"base64url at {shift}"] = text[start:end].replace(b"+", b"-").replace(b"/", b"_")
+    assert all(len(spelling) >= 20 for spelling in found.values())
+    return found
+
+
+def traces(data: bytes, secrets: Iterable[bytes]) -> list[str]:
+    return [f"{name} of {value!r}" for value in secrets for name, spelling in spellings(value).items() if spelling in data]
+
+
+def test_the_search_for_a_value_finds_it_in_each_spelling() -> None:
+    """So that the test after this one can fail."""
+    value = VALUES["mid"]
+    for shift in range(3):
+        hidden = base64.b64encode(b"xyz"[:shift] + value + b"and more")
+        assert any("base64" in trace for trace in traces(hidden, [value])), shift
+    for data in (b"a" + value, value.hex().encode(), urllib.parse.quote(value, safe="").encode(), b"".join(b"%%%02x" % byte for byte in value)):
+        assert traces(data, [value])
+    assert traces(value[:-1], [value]) == []
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and not path.is_symlink() and path.suffix != ".word"}
+
+
+def test_a_value_is_in_no_output_file_or_process_but_the_one_that_asked(module: Any, vault_place: Place) -> None:
+    """While a request waits, when it is approved, used, refused, rotated and removed: neither it nor a passphrase is anywhere else."""
+    secrets = [*ALL_VALUES, *WORDS.values()]
+    said: dict[str, bytes] = {}
+
+    def run(*words: str, stdin: bytes | None = None, status: int = 0) -> Result:
+        done = vault_place.call(*words, stdin=stdin)
+        assert done.status == status, (words, done.err)
+        said[f"{len(said)}: {' '.join(words)}"] = done.raw_out + done.raw_err
+        return done
+
+    def look(moment: str) -> None:
+        for name, data in {**files_below(vault_place.folder), **said}.items():
+            assert traces(data, secrets) == [], f"{moment}: {name}"
+
+    waiting = vault_place.start("secret", "get", "mid", "--action", "use", "--for", "a test")
+    (pending,) = until(lambda: run("--json", "consent", "pending").json, "the request")
+    process = Path(f"/proc/{waiting.pid}")
+    for name in ("environ", "cmdline", "comm"):
+        assert traces((process / name).read_bytes(), secrets) == []
+    look("waiting")
+    run("consent", "approve", pending["consent_id"], *signed_as(vault_place, "anna"))
+    out, err = waiting.communicate(timeout=60)
+    assert (waiting.returncode, out) == (0, VALUES["mid"])
+    assert traces(err, secrets) == []
+    look("used")
+    run("--json", "secret", "get", "open", "--action", "use", "--for", "a test", status=2)
+    run("secret", "get", "mid", "--action", "use", "--for", "a test", "--timeout", "100ms", status=6)
+    run("secret", "set", "mid", *as_olga(vault_place), stdin=VALUES["mid"] * 3000, status=2)
+    run("secret", "set", "mid", "--policy", "user:9", *as_olga(vault_place), stdin=VALUES["mid"], status=2)
+    run("secret", "set", "mid", "--owner", "olga", stdin=VALUES["mid"], status=7)
+    run("secret", "set", "mid", "--owner", "olga", "--passphrase-file", word_file(vault_place, "anna"), stdin=VALUES["mid"], status=5)
+    run("secret", "rotate", "mid", *as_olga(vault_place), stdin=VALUES["mid"])
+    run("secret", "reshare", "mid", *signed_as(vault_place, "anna"))
+    for words in (*LISTINGS, ("events", "--since", "1d"), ("status",), ("secret", "show", "grave"), ("consent", "show", pending["consent_id"])):
+        run(*words)
+        run("--json", *words)
+    with attacking(vault_place.db) as con:
+        con.execute("UPDATE secret_shares SET wrap = x'00'")
+    run("secret", "get", "open", "--action", "use", "--for", "a test", status=5)
+    run("secret", "remove", "mid")
+    look("at the end")
+    machine = base64.b64decode(json.loads(key_of(vault_place, "machine").read_bytes())["private"])
+    database = {name: data for name, data in files_below(vault_place.folder).items() if "grace.db" in name}
+    assert database
+    for part in (machine[:64], machine[64:96], machine[96:]):
+        for data in (*database.values(), *said.values()):
+            assert part not in data
+            assert part.hex().encode() not in data
+
+
+def test_a_running_command_with_a_secret_shows_it_only_where_it_was_handed_over(vault_place: Place) -> None:
+    """exec --via fd: neither environment nor command line nor what grace says has it; the command itself does."""
+    words = ("exec", "--secret", "TOKEN=mid", "--via", "fd", "--for", "a test", "--", "sh", "-c", "cat <&$TOKEN; read line")
+    running = vault_place.start(*words, stdin=-1)
+    (pending,) = until(lambda: vault_place.json("consent", "pending"), "the request")
+    vault_place.ok("consent", "approve", pending["consent_id"], *signed_as(vault_place, "olga"))
+    assert running.stdout is not None
+    assert running.stdout.read(len(VALUES["mid"])) == VALUES["mid"]
+    for entry in Path("/proc").glob("[0-9]*"):
+        for name in ("environ", "cmdline"):
+            with contextlib.suppress(OSError):
+                assert traces((entry / name).read_bytes(), ALL_VALUES) == [], f"{entry.name} {name}"
+    out, err = running.communicate(b"\n", timeout=60)
+    assert (running.returncode, out, traces(err, ALL_VALUES)) == (0, b"", [])
+
+
+# ---- properties
+
+
+class People:
+    """A roster in memory with many approvers, for the pure functions that seal and open."""
+
+    def __init__(self, module: Any, count: int):
+        self.keys = [module.Keys.new() for _ in range(count)]
+        self.machine = module.Keys.new()
+        people = [module.new_person(f"p{n}", ("user", "governance"), keys.public, 1) for n, keys in enumerate(self.keys)]
+        self.roster = module.new_roster(None, people, self.machine.public, "0" * 16, self.keys[0].fingerprint, 1)
+
+    def sealed(self, module: Any, policy: Row, value: bytes, **fields: Any) -> Row:
+        header = {"format": "grace-secret/1", "vault_id": "0" * 16, "key": "k", "version": 1, "created": 1, **module.NEW_SECRET, **fields, "policy": policy,
+                  "same_person": False}  # fmt: skip
+        return dict(module.seal(self.keys[0], header, value, self.roster))
+
+
+def entry_of(made: Row) -> tuple[Row, list[Row]]:
+    """A version as its rows would be."""
+    shares = [{"group_name": share["group"], "member": share["member"], "share_index": share["index"], "wrap": share["wrap"]} for share in made["shares"]]
+    return {"sealed": made["sealed"]}, shares
+
+
+@pytest.fixture(scope="module")
+def people(module: Any) -> People:
+    return People(module, 6)
+
+
+def random_policy(dice: random.Random, prints: list[str]) -> Row:
+    groups = []
+    for name in dice.choice((["user"], ["governance"], ["user", "governance"], ["governance", "user"])):
+        members = dice.sample(prints, dice.randint(1, len(prints)))
+        groups.append({"group": name, "threshold": dice.randint(1, len(members)), "members": members})
+    return {"all": groups}
+
+
+def test_exactly_those_open_whom_the_policy_names(module: Any, people: People) -> None:
+    """For random policies, every set of approvers with all that their keys open: as a count by hand says."""
+    dice = random.Random(20_261_122)
+    prints = [keys.fingerprint for keys in people.keys]
+    both = {True: 0, False: 0}
+    for round_ in range(70):
+        policy, value = random_policy(dice, prints), dice.randbytes(dice.randint(1, 600))
+        assert module.odd_policy(policy) is None
+        made = people.sealed(module, policy, value)
+        entry, shares = entry_of(made)
+        held = {keys.fingerprint: module.own_shares(keys, entry, made["header"], shares) for keys in people.keys}
+        for size in range(len(prints) + 1):
+            for chosen in itertools.combinations(prints, size):
+                parts: dict[str, dict[int, bytes]] = {}
+                for member in chosen:
+                    for name, mine in held[member].items():
+                        parts.setdefault(name, {}).update(mine)
+                expected = all(len(set(chosen) & set(part["members"])) >= part["threshold"] for part in policy["all"])
+                both[expected] += 1
+                if expected:
+                    assert module.open_value(made["header"], made["sealed"], parts) == value, (round_, policy, chosen)
+                else:
+                    with pytest.raises(module.RefusedError):
+                        module.open_value(made["header"], made["sealed"], parts)
+    assert min(both.values()) > 500
+
+
+def test_parts_of_another_secret_or_group_open_nothing(module: Any, people: People) -> None:
+    """The same people and the same policy, sealed twice: a part of the one among those of the other, or of the other group."""
+    prints = [keys.fingerprint for keys in people.keys]
+    for threshold in (1, 2, 3):
+        policy = {"all": [{"group": name, "threshold": threshold, "members": prints[:3]} for name in ("user", "governance")]}
+        one, two = (people.sealed(module, policy, b"value") for _ in range(2))
+        held = []
+        for made in (one, two):
+            parts: dict[str, dict[int, bytes]] = {}
+            for keys in people.keys[:3]:
+                for name, mine in module.own_shares(keys, *_header_between(made)).items():
+                    parts.setdefault(name, {}).update(mine)
+            held.append(parts)
+        assert module.open_value(one["header"], one["sealed"], held[0]) == b"value"
+        mixed = [held[1], {"user": held[0]["user"], "governance": held[1]["governance"]}, {**held[0], "user": held[0]["governance"]},
+                 {"user": {**held[0]["user"], 1: held[1]["user"][1]}, "governance": held[0]["governance"]}, {"user": held[0]["user"]}, {}]  # fmt: skip
+        for parts in mixed:
+            with pytest.raises(module.RefusedError):
+                module.open_value(one["header"], one["sealed"], parts)
+
+
+def _header_between(made: Row) -> tuple[Row, Row, list[Row]]:
+    entry, shares = entry_of(made)
+    return entry, made["header"], shares
+
+
+def mutated(dice: random.Random, value: Any) -> Any:
+    """The same with one byte or character changed, removed or added."""
+    position, kind = dice.randrange(len(value)), dice.randrange(8)
+    if isinstance(value, bytes):
+        new = bytes([value[position] ^ 1 << dice.randrange(8)])
+    else:
+        new = dice.choice([c for c in '0123456789abcdefxyzAZ{}[]",: \\é' if c != value[position]])
+    middle = new if kind > 1 else value[:0] if kind == 0 else new + value[position : position + 1]
+    return value[:position] + middle + value[position + 1 :]
+
+
+def test_any_mutation_of_anything_that_is_signed_or_wrapped_is_refused(module: Any, vault_place: Place) -> None:
+    """Header, sealed value, seal, part, request, grant, its wrap and signature: a changed byte or character, anywhere, at random."""
+    dice = random.Random(11_221_963)
+    with opened(module, vault_place) as store:
+        asking = asked(module, store, "grave")
+        vault = module.Vault(store)
+        for name, group_ in (("olga", "user"), ("ben", "governance")):
+            approver = module.unlock(vault, name, word_file(vault_place, name))
+            review, seen = module.judge(vault, approver, store.one("SELECT * FROM secret_consent_records WHERE consent_id = :id", id=asking.consent_id))
+            module.sign_and_record(vault, review, [group_], seen, None, word_file(vault_place, name))
+        entry, header = vault.current(store, "grave")
+        shares = store.all(module.SHARES_OF, key="grave", version=1)
+        consent = store.one("SELECT * FROM secret_consent_records WHERE consent_id = :id", id=asking.consent_id)
+        grants = store.all(module.GRANTS_OF, id=asking.consent_id)
+        olga = module.unlock(vault, "olga", word_file(vault_place, "olga"))
+
+    def opens(header_text: str, sealed: bytes, seal: bytes, request_text: str, document: str, wrap: bytes, signature: bytes) -> bytes:
+        """What claim_parts and redeem check, in their order, with the first grant given in pieces."""
+        sealed_hash = hashlib.sha256(sealed).hexdigest()
+        read = module.check_seal(header_text, sealed_hash, seal, vault.id, vault.roster)
+        request = module.checked_request(request_text, read, sealed_hash, vault.id)
+        rows = [{"document": document, "signature": signature, "wrap": wrap, "wrap_hash": hashlib.sha256(wrap).hexdigest()}, *grants[1:]]
+        checked = module.checked_grants(read, request, vault.roster, rows)
+        assert module.missing_groups(read, request, checked) == []
+        parts: dict[str, dict[int, bytes]] = {}
+        for grant, row in zip(checked, rows, strict=True):
+            parts.setdefault(grant["group"], {})[grant["index"]] = asking.keys.unwrap(bytes(row["wrap"]), module.statement("grant", grant))
+        return bytes(module.open_value(read, sealed, parts))
+
+    right = [entry["header"], bytes(entry["sealed"]), bytes(entry["signature"]), consent["request"], grants[0]["document"], bytes(grants[0]["wrap"]),
+             bytes(grants[0]["signature"])]  # fmt: skip
+    assert opens(*right) == VALUES["grave"]
+    for which in range(len(right)):
+        for _ in range(240):
+            changed = [*right[:which], mutated(dice, right[which]), *right[which + 1 :]]
+            if changed != right:
+                with pytest.raises(module.RefusedError):
+                    opens(*changed)
+    mine = next(share for share in shares if share["member"] == olga.keys.fingerprint)
+    assert module.own_shares(olga.keys, entry, header, [mine])
+    for _ in range(240):
+        with pytest.raises(module.RefusedError):
+            module.own_shares(olga.keys, entry, header, [{**mine, "wrap": mutated(dice, bytes(mine["wrap"]))}])
+    for other in ({**mine, "group_name": "governance"}, {**mine, "share_index": mine["share_index"] + 1}):
+        with pytest.raises(module.RefusedError):
+            module.own_shares(olga.keys, entry, header, [other])
