@@ -46,9 +46,25 @@ def refusal(db: Path, text: str) -> str:
     return done.stderr
 
 
+ENTRY = "INSERT INTO secret_entries (secret_key, version, header, sealed, signature, created_at) " \
+        "VALUES ('{key}', {version}, '{{}}', x'00', zeroblob(64), 1)"  # fmt: skip
+CONSENT = "INSERT INTO secret_consent_records (consent_id, secret_key, secret_version, consent_status, mode, request, requester, pid, boot_id, max_uses, " \
+          "used_count, requested_at, expires_at, observed) " \
+          "VALUES ('{id}', 'key', 1, '{status}', 'once', '{{}}', 'r', 1, 'b', 2, {used}, 1, 2, '[]')"  # fmt: skip
+GRANT = "INSERT INTO consent_grants (consent_id, group_name, approver, document, wrap, wrap_hash, signature, created_at) " \
+        "VALUES ('pending', 'user', 'a', '{}', x'00', 'h', zeroblob(64), 1)"  # fmt: skip
+LEAF = "INSERT INTO audit_log VALUES ({seq}, '{{}}', hex(zeroblob(32)))"
+VAULT = ";".join([LEAF.format(seq=1), LEAF.format(seq=2), "INSERT INTO audit_anchors VALUES (1, '{}', zeroblob(64))",
+                  "INSERT INTO vault_rosters VALUES (1, '{}', zeroblob(64))", ENTRY.format(key="key", version=1),
+                  "INSERT INTO secret_shares VALUES (1, 'key', 1, 'user', 'm', 1, x'00')",
+                  CONSENT.format(id="pending", status="pending", used=0), GRANT])  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def db(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A file the command made: one intent queued, one blocked, one running, one completed, by their own ids. Tests take back what they do."""
+    """A file the command made: one intent queued, one blocked, one running, one completed, by their own ids; and rows of a vault.
+
+    Tests take back what they do."""
     place = Place(tmp_path_factory.mktemp("schema"))
     place.handler("work", "--external")
     kinds = [("completed", "critical"), ("running", "high"), ("queued", "normal"), ("blocked", "low", "--after", "queued")]
@@ -58,6 +74,8 @@ def db(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         assert place.json("task", "claim", "--handler", "work", "--worker", "w")["task_id"] == ids[name]
         if name == "completed":
             place.ok("task", "complete", ids[name], "--worker", "w", "--result", "[1]")
+    done = shell(place.db, VAULT)
+    assert (done.returncode, done.stderr) == (0, "")
     yield place.db
     place.close()
 
@@ -178,6 +196,36 @@ CHECKS = {
     "worker_kind": WORKER.format(kind="person", state="running", stopped="NULL"),
     "worker_state": WORKER.format(kind="daemon", state="asleep", stopped="NULL"),
     "worker_stop_has_instant": WORKER.format(kind="daemon", state="stopped", stopped="NULL"),
+    "audit_seq": "DROP TRIGGER audit_grows_by_one; " + LEAF.format(seq=0),
+    "audit_leaf": LEAF.format(seq=3).replace("'{}'", "'{'"),
+    "audit_hash": LEAF.format(seq=3).replace("(32)", "(31)"),
+    "anchor_document": "INSERT INTO audit_anchors VALUES (2, '{', zeroblob(64))",
+    "anchor_signature": "INSERT INTO audit_anchors VALUES (2, '{}', zeroblob(63))",
+    "roster_number": "DROP TRIGGER roster_grows_by_one; INSERT INTO vault_rosters VALUES (0, '{}', zeroblob(64))",
+    "roster_document": "INSERT INTO vault_rosters VALUES (2, '{', zeroblob(64))",
+    "roster_signature": "INSERT INTO vault_rosters VALUES (2, '{}', zeroblob(65))",
+    "secret_key_length": ENTRY.format(key="", version=1),
+    "secret_version": ENTRY.format(key="other", version=0),
+    "secret_header": ENTRY.format(key="other", version=1).replace("'{}'", "'{'"),
+    "secret_signature": ENTRY.format(key="other", version=1).replace("(64)", "(63)"),
+    "secret_removed_is_empty": "UPDATE secret_entries SET sealed = NULL",
+    "share_group": "UPDATE secret_shares SET group_name = 'boss'",
+    "share_index": "UPDATE secret_shares SET share_index = 0",
+    "consent_status": "DROP TRIGGER consent_transition; UPDATE secret_consent_records SET consent_status = 'maybe'",
+    "consent_mode": "DROP TRIGGER consent_stays; UPDATE secret_consent_records SET mode = 'always'",
+    "consent_request": "DROP TRIGGER consent_stays; UPDATE secret_consent_records SET request = '{'",
+    "consent_method": "UPDATE secret_consent_records SET approval_method = 'guess'",
+    "consent_max_uses": "DROP TRIGGER consent_stays; UPDATE secret_consent_records SET max_uses = 0",
+    "consent_used": "UPDATE secret_consent_records SET used_count = 3",
+    "consent_expired_reason": "UPDATE secret_consent_records SET consent_status = 'expired', expired_reason = 'weary'",
+    "consent_observed": "UPDATE secret_consent_records SET observed = '{'",
+    "consent_spent_is_used": "UPDATE secret_consent_records SET used_count = 2",
+    "consent_expired_has_reason": "UPDATE secret_consent_records SET consent_status = 'expired'",
+    "consent_denied_has_instant": "UPDATE secret_consent_records SET consent_status = 'denied'",
+    "consent_revoked_has_instant": "UPDATE secret_consent_records SET revoked_at = 1",
+    "grant_group": GRANT.replace("'user', 'a'", "'machine', 'b'"),
+    "grant_document": GRANT.replace("'a'", "'b'").replace("'{}'", "'{'"),
+    "grant_signature": GRANT.replace("'a'", "'b'").replace("(64)", "(0)"),
 }
 
 
@@ -212,6 +260,30 @@ REFUSING = {  # trigger -> (what it refuses, its words)
     "attempt_never_replaced": ("REPLACE INTO htm_task_attempts SELECT * FROM htm_task_attempts WHERE outcome = 'completed'", "never replaced"),
     "event_leaves_below_floor": ("DELETE FROM events WHERE seq = 1", "append-only above the retention floor"),
     "outcome_never_changes": ("UPDATE outcome_records SET success = 0", "recorded once"),
+    "audit_never_changes": ("UPDATE audit_log SET leaf = '{\"a\":1}' WHERE seq = 1", "append-only"),
+    "audit_never_shrinks": ("DELETE FROM audit_log WHERE seq = 2", "append-only"),
+    "audit_grows_by_one": (LEAF.format(seq=4), "grows by one leaf at its end"),
+    "anchor_never_changes": ("UPDATE audit_anchors SET document = '{\"a\":1}'", "append-only"),
+    "anchor_never_deleted": ("DELETE FROM audit_anchors", "append-only"),
+    "anchor_never_replaced": ("REPLACE INTO audit_anchors VALUES (1, '{\"a\":1}', zeroblob(64))", "append-only"),
+    "roster_never_changes": ("UPDATE vault_rosters SET document = '{\"a\":1}'", "append-only"),
+    "roster_never_deleted": ("DELETE FROM vault_rosters", "append-only"),
+    "roster_grows_by_one": ("REPLACE INTO vault_rosters VALUES (1, '{\"a\":1}', zeroblob(64))", "grow by one at their end"),
+    "secret_stays": ("UPDATE secret_entries SET header = '{\"a\":1}'", "a version of a secret never changes"),
+    "secret_never_deleted": ("DELETE FROM secret_entries", "the header of a secret stays"),
+    "secret_never_refilled": ("UPDATE secret_entries SET sealed = x'01'", "only ever emptied"),
+    "secret_never_replaced": (ENTRY.format(key="key", version=1).replace("INSERT", "REPLACE"), "only gets newer versions"),
+    "consent_starts_pending": (CONSENT.format(id="new", status="approved", used=0), "a consent starts pending"),
+    "consent_transition": ("UPDATE secret_consent_records SET consent_status = 'used', used_count = 2", "illegal consent transition"),
+    "consent_stays": ("UPDATE secret_consent_records SET request = '{\"a\":1}'", "what was asked never changes"),
+    "consent_uses_only_grow": ("UPDATE secret_consent_records SET used_count = 1; UPDATE secret_consent_records SET used_count = 0",
+                               "cannot be taken back"),
+    "consent_never_deleted": ("DELETE FROM secret_consent_records", "never deleted"),
+    "consent_never_replaced": (CONSENT.format(id="pending", status="pending", used=0).replace("INSERT", "REPLACE"), "never replaced"),
+    "grant_stays": ("UPDATE consent_grants SET signature = randomblob(64)", "a grant never changes"),
+    "grant_never_refilled": ("UPDATE consent_grants SET wrap = x'01'", "only ever emptied"),
+    "grant_never_deleted": ("DELETE FROM consent_grants", "never deleted"),
+    "grant_never_replaced": (GRANT.replace("INSERT", "REPLACE"), "never replaced"),
 }  # fmt: skip
 SUSPECTS = "SELECT task_id, intent_id FROM bridge_suspects"
 EVENT = "SELECT topic, source, created_at, json(payload) AS payload FROM events ORDER BY seq DESC LIMIT 1"
@@ -292,6 +364,29 @@ def test_history_is_not_rewritten_by_replacing_its_rows(db: Path, table: str, wh
     refusal(db, f"INSERT OR REPLACE INTO {table} ({', '.join(columns)}) SELECT {', '.join(values)} FROM {table} WHERE {which}")
 
 
+@pytest.mark.parametrize(("table", "column", "value"), [
+    *(("secret_entries", name, value) for name, value in (("secret_key", "'x'"), ("version", "2"), ("signature", "randomblob(64)"), ("created_at", "2"))),
+    *(("secret_consent_records", name, value) for name, value in (("consent_id", "'x'"), ("secret_key", "'x'"), ("secret_version", "2"), ("mode", "'collect'"),
+                                                                  ("max_uses", "3"), ("requested_at", "2"))),
+    *(("consent_grants", name, value) for name, value in (("consent_id", "'x'"), ("group_name", "'governance'"), ("approver", "'x'"), ("document", "'[]'"),
+                                                          ("wrap_hash", "NULL"))),
+    ("audit_log", "hash", "hex(randomblob(32))"), ("audit_log", "seq", "seq + 10"), ("audit_anchors", "signature", "randomblob(64)"),
+    ("vault_rosters", "number", "2"), ("vault_rosters", "signature", "randomblob(64)")])  # fmt: skip
+def test_nothing_that_was_signed_or_asked_changes(db: Path, table: str, column: str, value: str) -> None:
+    """Each column that a signature or a decision rests on."""
+    assert re.search("never changes|append-only", refusal(db, f"UPDATE {table} SET {column} = {value}"))
+
+
+def test_a_version_and_a_grant_are_emptied_and_that_is_all(db: Path) -> None:
+    """The value goes and does not come back; a newer version comes after, never an older one."""
+    emptied = "UPDATE secret_entries SET sealed = NULL, removed_at = 2"
+    assert rows(db, f"{emptied}; SELECT sealed, removed_at FROM secret_entries") == [{"sealed": None, "removed_at": 2}]
+    assert "only ever emptied" in refusal(db, f"{emptied}; UPDATE secret_entries SET sealed = x'00', removed_at = NULL")
+    assert "only gets newer versions" in refusal(db, f"{ENTRY.format(key='key', version=3)}; {ENTRY.format(key='key', version=2)}")
+    assert rows(db, "UPDATE consent_grants SET wrap = NULL; SELECT wrap FROM consent_grants") == [{"wrap": None}]
+    assert "only ever emptied" in refusal(db, "UPDATE consent_grants SET wrap = NULL; UPDATE consent_grants SET wrap = x'00'")
+
+
 def test_a_task_has_one_open_attempt_and_a_key_one_intent(db: Path) -> None:
     """The partial unique indexes refuse a second one."""
     double = "INSERT INTO htm_task_attempts (attempt_id, task_id, attempt_number, worker_id, token, created_at) " \
@@ -364,6 +459,30 @@ def test_the_legal_steps_of_an_intent_and_no_others(db: Path, module: Any, befor
                 assert answer == "", f"{before} to {to} was refused: {answer}"
             else:
                 assert "illegal intent transition" in answer, f"{before} to {to}: {answer!r}"
+
+
+CONSENT_STEPS = {"pending": {"approved", "denied", "expired", "revoked"}, "approved": {"used", "expired", "revoked"}}
+CONSENT_WAY: dict[str, tuple[str, ...]] = {"pending": (), "approved": ("approved",), "used": ("approved", "used"), "denied": ("denied",),
+                                           "expired": ("expired",), "revoked": ("revoked",)}  # fmt: skip
+
+
+def consent_step(to: str) -> str:
+    """The statement that leads the pending consent to a status, with all that the status demands."""
+    return (f"UPDATE secret_consent_records SET consent_status = '{to}', used_count = max(used_count, {2 if to == 'used' else 0}), "
+            f"denied_at = {7 if to == 'denied' else 'NULL'}, revoked_at = {7 if to == 'revoked' else 'NULL'}, "
+            f"expired_reason = {chr(39) + 'unanswered' + chr(39) if to == 'expired' else 'NULL'} WHERE consent_id = 'pending'")  # fmt: skip
+
+
+@pytest.mark.parametrize("before", CONSENT_WAY)
+def test_the_legal_steps_of_a_consent_and_no_others(db: Path, before: str) -> None:
+    """From each status: denied, expired, revoked and used are the end."""
+    for to in CONSENT_WAY:
+        if to != before:
+            answer = tried(db, "SELECT 1", CONSENT_WAY[before], to, consent_step)
+            if to in CONSENT_STEPS.get(before, ()):
+                assert answer == "", f"{before} to {to} was refused: {answer}"
+            else:
+                assert "illegal consent transition" in answer, f"{before} to {to}: {answer!r}"
 
 
 @pytest.mark.parametrize(("trigger", "table", "statuses"), [("task_transition", "TASK_TRANSITIONS", TASK_STATUSES),
