@@ -1502,7 +1502,7 @@ SPEC_DEFAULTS: Row = {
 }  # fmt: skip
 SHAPE = operator.itemgetter("handler", "domain", "priority", "sla_ms", "expected_outcome", "confidence", "risk_level", "created_by", "at",
                             "max_attempts", "timeout_ms", "command")  # fmt: skip
-SHAPES_KEPT = 100
+SHAPES_KEPT = PAIRS_AT_ONCE = 100  # of a batch: the memory for more would cost more than it saves
 
 
 def submit(tx: Tx, specs: Iterable[Row]) -> list[Row]:
@@ -1524,7 +1524,6 @@ def submit(tx: Tx, specs: Iterable[Row]) -> list[Row]:
             intent, task = intent_and_task(tx, spec, shapes, taken)
             if spec["after"]:  # what came before in this batch must be findable
                 insert_pairs(tx, made)
-                made.clear()
                 block(tx, task, spec["after"])
         except GraceError as error:
             error.message = f"--batch: line {spec['line']}: {error.message}" if "line" in spec else error.message
@@ -1534,9 +1533,9 @@ def submit(tx: Tx, specs: Iterable[Row]) -> list[Row]:
                      "sla_deadline": format_instant(task["sla_deadline"]), "duplicate": False})  # fmt: skip
         if spec["key"]:
             keys[spec["key"]] = done[-1]
-        if spec["after"]:
+        if spec["after"] or len(made) == PAIRS_AT_ONCE:
             insert_pairs(tx, made)
-            made.clear()
+        if spec["after"]:
             tx.many(INSERT_DEPENDENCY, ({"task_id": task["task_id"], "intent_id": needed} for needed in task["needs"]))
     insert_pairs(tx, made)
     return done
@@ -1618,12 +1617,14 @@ def payload_of(intent: Row, task: Row) -> str:
 
 
 def insert_pairs(tx: Tx, pairs: list[tuple[Row, Row]]) -> None:
+    """Write the rows and the events of submissions, and empty the list."""
     if not pairs:
         return
     tx.insert(INSERT_INTENT, [intent for intent, _ in pairs])
     insert_tasks(tx, [task for _, task in pairs])
     tx.insert(INSERT_EVENT, [{"topic": "agentic.intent.created", "source": tx.actor, "subject": intent["task_id"], "now": tx.now,
                               "payload": intent["event"]} for intent, _ in pairs])  # fmt: skip
+    pairs.clear()
 
 
 def block(tx: Tx, task: Row, after: Iterable[str]) -> None:
@@ -4139,8 +4140,9 @@ def submit_batch(app: App, source: str, wait: bool) -> int | None:
                 spec["at"] = tx.now + spec.pop("in_ms")
         return submit(tx, specs)
 
-    for done in store.write(put):
-        app.show(done, lambda done=done: write_out(f"{done['intent_id']}  {done['task_id']}"))  # type: ignore[misc]
+    done = store.write(put)
+    if done:  # in one piece: an unbuffered stdout would take a write for each line
+        write_out("\n".join(map(json.dumps, done) if app.json else (f"{one['intent_id']}  {one['task_id']}" for one in done)))
     return None
 
 
