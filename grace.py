@@ -584,6 +584,7 @@ class Store(Reader):
         try:
             con = apsw.Connection(self.path, flags=apsw.SQLITE_OPEN_READWRITE)
             con.set_busy_timeout(STANDSTILL * 1000)
+            con.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)  # else a statement may be planned anew for each value bound to it
             con.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)  # the last one out need not pay for three syncs
             for pragma in ("foreign_keys = ON", "recursive_triggers = ON", "synchronous = FULL", "temp_store = MEMORY"):
                 con.execute(f"PRAGMA {pragma}")
