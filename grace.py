@@ -2065,10 +2065,15 @@ def boot_id() -> str:
 def stat_fields(pid: int) -> list[str]:
     """The fields of /proc/PID/stat from the state on (proc_pid_stat(5), field 3 and up); empty when it is gone."""
     try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()
+        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
     except OSError:
         return []
+    try:
+        return os.read(fd, 4096).decode(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return []
+    finally:
+        os.close(fd)
 
 
 def start_ticks(pid: int) -> int | None:
@@ -3121,7 +3126,7 @@ class Daemon:
             return False
         ended, failures = list(self.ended), list(self.failed_starts)
         endings = [(child, ending_of(child, self.store.path)) for child in ended]
-        claimed, lost = self.store.write(lambda tx: self._record(tx, unmarked, endings, failures, free), durable=bool(ended or failures))
+        claimed, lost, rescued = self.store.write(lambda tx: self._record(tx, unmarked, endings, failures, free), durable=bool(ended or failures))
         for child in unmarked + ended:
             child.marked = True
         for child in lost:
@@ -3130,7 +3135,7 @@ class Daemon:
         for child in ended:
             forget_result(self.store.path, child.attempt_id)
             self.say("ended", {"task_id": child.task_id, "attempt_id": child.attempt_id, "exit_status": child.exit_status, "why": child.why})
-        self.orders = self.orders or bool(ended)
+        self.orders = self.orders or rescued
         self.look = bool(ended or failures or len(claimed) == free)
         self.claimed += claimed
         while self.claimed:
@@ -3142,16 +3147,19 @@ class Daemon:
         return self.slots - len(self.claimed) - sum(not child.extra for child in self.sup.children.values())
 
     def _record(self, tx: Tx, unmarked: list[Child], endings: list[tuple[Child, Row]], failures: list[tuple[Row, SpawnError]],
-                free: int) -> tuple[list[Row], list[Child]]:  # fmt: skip
+                free: int) -> tuple[list[Row], list[Child], bool]:  # fmt: skip
+        """What was claimed, which children were taken away before they ran, and whether a task with a rescue, maybe ours, has ended."""
+        rescued = False
         lost = [child for child in unmarked if not self._mark(tx, child)]
         for child, ending in endings:
             if not child.marked:
                 self._mark(tx, child)
-            end_attempt(tx, child.task_id, child.attempt_id, ending)
+            row = end_attempt(tx, child.task_id, child.attempt_id, ending)
+            rescued = rescued or (row is not None and row["escalation_level"] >= 3)
         for task, error in failures:
             end_attempt(tx, task["task_id"], task["attempt_id"], {"outcome": "failed", "ended_by": "exit", "error": str(error),
                                                                  "exit_status": error.exit_status, "retry": error.retry})  # fmt: skip
-        return (claim(tx, self.worker, min(free, CLAIM_BATCH), self.only) if free > 0 else []), lost
+        return (claim(tx, self.worker, min(free, CLAIM_BATCH), self.only) if free > 0 else []), lost, rescued
 
     def _mark(self, tx: Tx, child: Child) -> bool:
         """Record that the process runs; False when the task was taken away before."""
