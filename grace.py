@@ -40,6 +40,7 @@ import fcntl
 import functools
 import gc
 import json
+import operator
 import os
 import re
 import signal
@@ -48,7 +49,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, NamedTuple
 
 import apsw
 import click
@@ -685,6 +686,17 @@ class Tx(Reader):
         except apsw.Error as error:
             raise explain(error) from error
 
+    def insert(self, sql: str, rows: list[Row]) -> None:
+        """Like many() for an INSERT, with ten rows in each statement: what a statement costs to begin is shared."""
+        several, names = rows_at_once(sql)
+        whole = len(rows) - len(rows) % ROWS_AT_ONCE
+        try:
+            for first in range(0, whole, ROWS_AT_ONCE):
+                self.con.execute(several, [row[name] for row in rows[first : first + ROWS_AT_ONCE] for name in names])
+        except apsw.Error as error:
+            raise explain(error) from error
+        self.many(sql, rows[whole:])
+
     def count(self, old: Row | None, new: Row | None) -> None:
         """A task has come, gone or changed: keep the live counts right."""
         for row, by in ((old, -1), (new, 1)):
@@ -715,6 +727,17 @@ class Tx(Reader):
         self.many(COUNT_TOTAL, ({"name": name, "by": by} for name, by in self._totals.items() if by))
 
 
+ROWS_AT_ONCE = 10
+
+
+@functools.cache
+def rows_at_once(sql: str) -> tuple[str, list[str]]:
+    """The INSERT of many rows made from that of one, and the names of one row's values in their order."""
+    head, _, values = sql.partition("VALUES")
+    row = re.sub(r":\w+", "?", values)
+    return f"{head} VALUES {', '.join([row] * ROWS_AT_ONCE)}", re.findall(r":(\w+)", values)
+
+
 COUNT_TASKS = """INSERT INTO task_counts (handler, status, priority, level, n) VALUES (:h, :s, :p, :l, :n)
   ON CONFLICT (handler, status, priority, level) DO UPDATE SET n = task_counts.n + excluded.n"""
 COUNT_TOTAL = """INSERT INTO counters (name, value) VALUES (:name, :by)
@@ -742,6 +765,7 @@ class Store(Reader):
         try:
             con = apsw.Connection(self.path, flags=apsw.SQLITE_OPEN_READWRITE)
             con.set_busy_timeout(STANDSTILL * 1000)
+            con.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)  # else a statement may be planned anew for each value bound to it
             con.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)  # the last one out need not pay for three syncs
             for pragma in ("foreign_keys = ON", "recursive_triggers = ON", "synchronous = FULL", "temp_store = MEMORY"):
                 con.execute(f"PRAGMA {pragma}")
@@ -1267,10 +1291,15 @@ def boot_id() -> str:
 def stat_fields(pid: int) -> list[str]:
     """The fields of /proc/PID/stat from the state on (proc_pid_stat(5), field 3 and up); empty when it is gone."""
     try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()
+        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
     except OSError:
         return []
+    try:
+        return os.read(fd, 4096).decode(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return []
+    finally:
+        os.close(fd)
 
 
 def start_ticks(pid: int) -> int | None:
@@ -1944,16 +1973,16 @@ def nearest_hint(word: str, known: Iterable[str], see: str) -> str:
     return f"did you mean {' or '.join(near)}?" if near else f"see them with: {see}"
 
 
-Shape = dict[str, tuple[type, ...]]
+Fields = dict[str, tuple[type, ...]]
 TEXT, NUMBER, MAYBE_TEXT, MAYBE_NUMBER = (str,), (int,), (str, type(None)), (int, type(None))
-HEADER_SHAPE: Shape = {
+HEADER_SHAPE: Fields = {
     "format": TEXT, "vault_id": TEXT, "key": TEXT, "service": MAYBE_TEXT, "type": MAYBE_TEXT, "username": MAYBE_TEXT, "version": NUMBER, "risk": TEXT,
     "action_risks": (dict,), "owner": TEXT, "created": NUMBER, "suite": TEXT, "commitment": TEXT, "same_person": (bool,), "allow_standing": (bool,),
     "expires": MAYBE_NUMBER, "rotate_every": MAYBE_NUMBER, "rotate_with": MAYBE_TEXT, "policy": (dict,),
 }  # fmt: skip
 
 
-def shaped(value: Any, shape: Shape, what: str) -> Row:
+def shaped(value: Any, shape: Fields, what: str) -> Row:
     """The value itself when it is an object with exactly these fields of these types; RefusedError otherwise."""
     if not isinstance(value, dict) or set(value) != set(shape) or not all(type(value[name]) in kinds for name, kinds in shape.items()):
         raise RefusedError(f"{what} has not the shape that it should have")
@@ -2215,26 +2244,26 @@ EARLIER = """SELECT consent_status AS status, COUNT(*) AS n FROM secret_consent_
   WHERE secret_key = :key AND json(request) -> 'claimed' ->> 'by' = :by AND consent_id <> :id GROUP BY consent_status"""
 MAX_PENDING, MAX_PENDING_EACH, DENIALS = 20, 5, 3
 LONGEST_GRANT = DAY  # whatever a request asks for
-REQUEST_SHAPE: Shape = {
+REQUEST_SHAPE: Fields = {
     "format": TEXT, "vault_id": TEXT, "consent_id": TEXT, "key": TEXT, "version": NUMBER, "header": TEXT, "sealed": TEXT, "mode": TEXT,
     "ephemeral": (dict, type(None)), "claimed": (dict,), "reported": (dict,), "risk": TEXT, "user": MAYBE_TEXT, "created": NUMBER, "answer_by": NUMBER,
     "grant_for": NUMBER, "nonce": TEXT,
 }  # fmt: skip
-CLAIMED_SHAPE: Shape = {"by": TEXT, "for": TEXT, "action": TEXT, "user": MAYBE_TEXT, "context": TEXT}
-PUBLIC_SHAPE: Shape = {"hpke": TEXT, "sign": TEXT}
-GRANT_SHAPE: Shape = {
+CLAIMED_SHAPE: Fields = {"by": TEXT, "for": TEXT, "action": TEXT, "user": MAYBE_TEXT, "context": TEXT}
+PUBLIC_SHAPE: Fields = {"hpke": TEXT, "sign": TEXT}
+GRANT_SHAPE: Fields = {
     "format": TEXT, "request": TEXT, "group": TEXT, "approver": TEXT, "index": NUMBER, "mode": TEXT, "expires": NUMBER, "max_uses": NUMBER, "leaf": TEXT,
     "size": NUMBER, "head": TEXT, "nonce": TEXT,
 }  # fmt: skip
-CASE_SHAPE: Shape = {
+CASE_SHAPE: Fields = {
     "format": TEXT, "consent_id": TEXT, "request": TEXT, "header": TEXT, "sealed": TEXT, "seal": TEXT, "audit": (list,), "rosters": (list,),
     "shares": (list,), "grants": (list,), "earlier": (dict,),
 }  # fmt: skip
-CASE_PARTS: dict[str, Shape] = {
+CASE_PARTS: dict[str, Fields] = {
     "rosters": {"number": NUMBER, "document": TEXT, "signature": TEXT}, "shares": {"group": TEXT, "member": TEXT, "index": NUMBER, "wrap": TEXT},
     "grants": {"document": TEXT, "signature": TEXT, "wrap_hash": MAYBE_TEXT},
 }  # fmt: skip
-SIGNED_SHAPE: Shape = {"document": TEXT, "wrap": MAYBE_TEXT, "signature": TEXT}
+SIGNED_SHAPE: Fields = {"document": TEXT, "wrap": MAYBE_TEXT, "signature": TEXT}
 
 
 def required_groups(header: Row, risk: str) -> dict[str, int]:
@@ -3077,9 +3106,10 @@ def task_row(tx: Tx, **fields: Any) -> Row:
 def insert_tasks(tx: Tx, rows: list[Row]) -> None:
     age_every = setting(tx, "queue.age_every")
     for row in rows:
-        row["next_at"] = next_step_at(row, age_every)
+        if "next_at" not in row:
+            row["next_at"] = next_step_at(row, age_every)
         tx.count(None, row)
-    tx.many(INSERT_TASK, rows)
+    tx.insert(INSERT_TASK, rows)
 
 
 def first_in_line(tx: Tx, handlers: list[Row], n: int) -> list[str]:
@@ -3327,8 +3357,11 @@ INSERT_DEPENDENCY = """INSERT INTO task_dependencies (task_id, intent_id) VALUES
 SPEC_DEFAULTS: Row = {
     "handler": None, "domain": "general", "priority": "normal", "sla_ms": None, "context": "{}", "expected_outcome": None,
     "confidence": None, "risk_level": None, "created_by": "grace", "intent_id": None, "key": None, "at": None, "after": (),
-    "max_attempts": None, "timeout_ms": None,
+    "max_attempts": None, "timeout_ms": None, "command": False,
 }  # fmt: skip
+SHAPE = operator.itemgetter("handler", "domain", "priority", "sla_ms", "expected_outcome", "confidence", "risk_level", "created_by", "at",
+                            "max_attempts", "timeout_ms", "command")  # fmt: skip
+SHAPES_KEPT = PAIRS_AT_ONCE = 100  # of a batch: the memory for more would cost more than it saves
 
 
 def submit(tx: Tx, specs: Iterable[Row]) -> list[Row]:
@@ -3338,7 +3371,7 @@ def submit(tx: Tx, specs: Iterable[Row]) -> list[Row]:
     done: list[Row] = []
     made: list[tuple[Row, Row]] = []
     keys: dict[str, Row] = {}
-    handlers: dict[str, Row] = {}
+    shapes: dict[Any, Shape] = {}
     taken: set[str] = set()
     for given in specs:
         spec = {**SPEC_DEFAULTS, **given}
@@ -3347,10 +3380,9 @@ def submit(tx: Tx, specs: Iterable[Row]) -> list[Row]:
             done.append({**first, "duplicate": True})
             continue
         try:
-            intent, task = intent_and_task(tx, spec, handlers, taken)
+            intent, task = intent_and_task(tx, spec, shapes, taken)
             if spec["after"]:  # what came before in this batch must be findable
                 insert_pairs(tx, made)
-                made.clear()
                 block(tx, task, spec["after"])
         except GraceError as error:
             error.message = f"--batch: line {spec['line']}: {error.message}" if "line" in spec else error.message
@@ -3360,9 +3392,9 @@ def submit(tx: Tx, specs: Iterable[Row]) -> list[Row]:
                      "sla_deadline": format_instant(task["sla_deadline"]), "duplicate": False})  # fmt: skip
         if spec["key"]:
             keys[spec["key"]] = done[-1]
-        if spec["after"]:
+        if spec["after"] or len(made) == PAIRS_AT_ONCE:
             insert_pairs(tx, made)
-            made.clear()
+        if spec["after"]:
             tx.many(INSERT_DEPENDENCY, ({"task_id": task["task_id"], "intent_id": needed} for needed in task["needs"]))
     insert_pairs(tx, made)
     return done
@@ -3377,52 +3409,81 @@ def duplicate_of(tx: Tx, key: str) -> Row | None:
             "sla_deadline": format_instant(task["sla_deadline"]) if task else None}  # fmt: skip
 
 
-def intent_and_task(tx: Tx, spec: Row, handlers: dict[str, Row], taken: set[str]) -> tuple[Row, Row]:
+class Shape(NamedTuple):
+    """What all submissions have in common that differ in their ids, goal and context only: the rows, and the ends of two JSON texts."""
+
+    intent: Row
+    task: Row
+    payload: str
+    event: str
+
+
+def shape_of(tx: Tx, spec: Row) -> Shape:
+    name = None if spec["command"] else spec["handler"] or spec["domain"]
+    try:
+        handler = find_handler(tx, name) if name else HANDLER_DEFAULTS
+    except NotFoundError as error:
+        if not spec["handler"]:
+            error.message += " (the domain's name stands for the handler where --handler is not given)"
+        raise
+    start = max(tx.now, spec["at"] or 0)
+    sla = spec["sla_ms"] if spec["sla_ms"] is not None else handler["sla_ms"]
+    intent = {**spec, "handler": name, "sla_ms": sla, "now": tx.now}
+    task = task_row(tx, task_type=name or "command", domain=spec["domain"], handler=name, priority=spec["priority"], sla_ms=sla, queued_at=start,
+                    available_at=start if start > tx.now else None, warn_at=handler["warn_at"], critical_at=handler["critical_at"],
+                    timeout_ms=spec["timeout_ms"] or handler["timeout_ms"],
+                    max_attempts=spec["max_attempts"] or (1 if spec["command"] else handler["max_attempts"]))  # fmt: skip
+    task["next_at"] = next_step_at(task, setting(tx, "queue.age_every"))
+    told = to_json({name: intent[name] for name in ("domain", "handler", "priority", "sla_ms", "created_by")})
+    return Shape(intent, task, payload_end(intent, task), told[1:])
+
+
+def intent_and_task(tx: Tx, spec: Row, shapes: dict[Any, Shape], taken: set[str]) -> tuple[Row, Row]:
     """The two rows of one submission, not yet written."""
-    name = None if spec.get("command") else spec["handler"] or spec["domain"]
-    if name and name not in handlers:
-        try:
-            handlers[name] = find_handler(tx, name)
-        except NotFoundError as error:
-            if not spec["handler"]:
-                error.message += " (the domain's name stands for the handler where --handler is not given)"
-            raise
-    handler = handlers[name] if name else HANDLER_DEFAULTS
+    key = SHAPE(spec)
+    if key not in shapes:
+        if len(shapes) == SHAPES_KEPT:
+            shapes.clear()
+        shapes[key] = shape_of(tx, spec)
+    shape = shapes[key]
     intent_id = spec["intent_id"] or new_id("int", tx.now)
     if spec["intent_id"] and (intent_id in taken or tx.one(GET_INTENT, id=intent_id)):
         raise ConflictError(f"the intent {intent_id!r} exists already", "to make a repeated call harmless, use --key")
     taken.add(intent_id)
-    start = max(tx.now, spec["at"] or 0)
-    sla = spec["sla_ms"] if spec["sla_ms"] is not None else handler["sla_ms"]
-    task_id = new_id("task", tx.now)
-    intent = {**spec, "intent_id": intent_id, "task_id": task_id, "handler": name, "sla_ms": sla, "now": tx.now}
-    task = task_row(tx, task_id=task_id, intent_id=intent_id, task_type=name or "command", domain=spec["domain"], handler=name,
-                    goal=spec["goal"], payload="", priority=spec["priority"], sla_ms=sla, queued_at=start,
-                    available_at=start if start > tx.now else None, warn_at=handler["warn_at"], critical_at=handler["critical_at"],
-                    timeout_ms=spec["timeout_ms"] or handler["timeout_ms"],
-                    max_attempts=spec["max_attempts"] or (1 if spec.get("command") else handler["max_attempts"]))  # fmt: skip
-    task["payload"] = payload_of(intent, task)
+    task_id, goal = new_id("task", tx.now), spec["goal"]
+    start = payload_start(intent_id, task_id, goal)
+    intent = {**shape.intent, "intent_id": intent_id, "task_id": task_id, "goal": goal, "context": spec["context"], "key": spec["key"],
+              "event": start + shape.event}  # fmt: skip
+    task = {**shape.task, "task_id": task_id, "intent_id": intent_id, "goal": goal,
+            "payload": f"{start}{shape.payload}{spec['context']}}}"}  # fmt: skip
     return intent, task
+
+
+def payload_start(intent_id: str, task_id: str, goal: str) -> str:
+    return f'{{"intent_id":{to_json(intent_id)},"task_id":{to_json(task_id)},"goal":{to_json(goal)},'
+
+
+def payload_end(intent: Row, task: Row) -> str:
+    """Of a payload, what follows the goal, up to the context."""
+    facts = {**{name: intent[name] for name in ("expected_outcome", "domain", "priority", "risk_level", "confidence", "created_by")},
+             "sla_ms": task["sla_ms"], "sla_deadline": format_instant(task["sla_deadline"])}  # fmt: skip
+    return f'{to_json(facts)[1:-1]},"context":'
 
 
 def payload_of(intent: Row, task: Row) -> str:
     """What the handler is told, with the full context; the context's text goes in as it is."""
-    head = {"intent_id": task["intent_id"], "task_id": task["task_id"], "goal": intent["goal"], "expected_outcome": intent["expected_outcome"],
-            "domain": intent["domain"], "priority": intent["priority"], "risk_level": intent["risk_level"],
-            "confidence": intent["confidence"], "created_by": intent["created_by"], "sla_ms": task["sla_ms"],
-            "sla_deadline": format_instant(task["sla_deadline"])}  # fmt: skip
-    return f'{to_json(head)[:-1]},"context":{intent["context"]}}}'
+    return f"{payload_start(task['intent_id'], task['task_id'], intent['goal'])}{payload_end(intent, task)}{intent['context']}}}"
 
 
 def insert_pairs(tx: Tx, pairs: list[tuple[Row, Row]]) -> None:
+    """Write the rows and the events of submissions, and empty the list."""
     if not pairs:
         return
-    tx.many(INSERT_INTENT, (intent for intent, _ in pairs))
+    tx.insert(INSERT_INTENT, [intent for intent, _ in pairs])
     insert_tasks(tx, [task for _, task in pairs])
-    tx.many(INSERT_EVENT, ({"topic": "agentic.intent.created", "source": tx.actor, "subject": intent["task_id"], "now": tx.now,
-                            "payload": to_json({name: intent[name] for name in ("intent_id", "task_id", "goal", "domain", "handler",
-                                                                                "priority", "sla_ms", "created_by")})}
-                           for intent, _ in pairs))  # fmt: skip
+    tx.insert(INSERT_EVENT, [{"topic": "agentic.intent.created", "source": tx.actor, "subject": intent["task_id"], "now": tx.now,
+                              "payload": intent["event"]} for intent, _ in pairs])  # fmt: skip
+    pairs.clear()
 
 
 def block(tx: Tx, task: Row, after: Iterable[str]) -> None:
@@ -3435,6 +3496,7 @@ def block(tx: Tx, task: Row, after: Iterable[str]) -> None:
                                 f"run it again first: grace intent retry {needed}")  # fmt: skip
     if any(status != "completed" for status in states.values()):
         task["status"], task["reason"] = "blocked", "waiting_dependency"
+        del task["next_at"]  # a blocked task has other steps
 
 
 def claim(tx: Tx, worker: str, n: int, only: Iterable[str] = ()) -> list[Row]:
@@ -4944,7 +5006,7 @@ class Daemon:
             return False
         ended, failures = list(self.ended), list(self.failed_starts)
         endings = [(child, ending_of(child, self.store.path)) for child in ended]
-        claimed, lost = self.store.write(lambda tx: self._record(tx, unmarked, endings, failures, free), durable=bool(ended or failures))
+        claimed, lost, rescued = self.store.write(lambda tx: self._record(tx, unmarked, endings, failures, free), durable=bool(ended or failures))
         for child in unmarked + ended:
             child.marked = True
         for child in lost:
@@ -4953,7 +5015,7 @@ class Daemon:
         for child in ended:
             forget_result(self.store.path, child.attempt_id)
             self.say("ended", {"task_id": child.task_id, "attempt_id": child.attempt_id, "exit_status": child.exit_status, "why": child.why})
-        self.orders = self.orders or bool(ended)
+        self.orders = self.orders or rescued
         self.look = bool(ended or failures or len(claimed) == free)
         self.claimed += claimed
         while self.claimed:
@@ -4965,16 +5027,19 @@ class Daemon:
         return self.slots - len(self.claimed) - sum(not child.extra for child in self.sup.children.values())
 
     def _record(self, tx: Tx, unmarked: list[Child], endings: list[tuple[Child, Row]], failures: list[tuple[Row, SpawnError]],
-                free: int) -> tuple[list[Row], list[Child]]:  # fmt: skip
+                free: int) -> tuple[list[Row], list[Child], bool]:  # fmt: skip
+        """What was claimed, which children were taken away before they ran, and whether a task with a rescue, maybe ours, has ended."""
+        rescued = False
         lost = [child for child in unmarked if not self._mark(tx, child)]
         for child, ending in endings:
             if not child.marked:
                 self._mark(tx, child)
-            end_attempt(tx, child.task_id, child.attempt_id, ending)
+            row = end_attempt(tx, child.task_id, child.attempt_id, ending)
+            rescued = rescued or (row is not None and row["escalation_level"] >= 3)
         for task, error in failures:
             end_attempt(tx, task["task_id"], task["attempt_id"], {"outcome": "failed", "ended_by": "exit", "error": str(error),
                                                                  "exit_status": error.exit_status, "retry": error.retry})  # fmt: skip
-        return (claim(tx, self.worker, min(free, CLAIM_BATCH), self.only) if free > 0 else []), lost
+        return (claim(tx, self.worker, min(free, CLAIM_BATCH), self.only) if free > 0 else []), lost, rescued
 
     def _mark(self, tx: Tx, child: Child) -> bool:
         """Record that the process runs; False when the task was taken away before."""
@@ -6017,8 +6082,9 @@ def submit_batch(app: App, source: str, wait: bool) -> int | None:
                 spec["at"] = tx.now + spec.pop("in_ms")
         return submit(tx, specs)
 
-    for done in store.write(put):
-        app.show(done, lambda done=done: write_out(f"{done['intent_id']}  {done['task_id']}"))  # type: ignore[misc]
+    done = store.write(put)
+    if done:  # in one piece: an unbuffered stdout would take a write for each line
+        write_out("\n".join(map(json.dumps, done) if app.json else (f"{one['intent_id']}  {one['task_id']}" for one in done)))
     return None
 
 
@@ -6106,7 +6172,6 @@ def parse_secret_use(text: str) -> tuple[str, str, str]:
 def secret_use(required: bool) -> Parameter:
     return opt("--secret", "secrets", kind=Checked("secret", parse_secret_use), multiple=True, required=required, metavar="ENV=KEY[:ACTION]",
                help="A secret for the command (repeatable).")  # fmt: skip
-
 
 
 CONSENT_WAIT = 5 * MINUTE
@@ -7907,7 +7972,7 @@ def audit_list(app: App, limit: int) -> None:
     app.show(documents, lambda: show_table(("SEQ", "AT", "WHAT", "ABOUT", "FACTS"), rows, "nothing yet"))
 
 
-ANCHOR_SHAPE: Shape = {"format": TEXT, "vault_id": TEXT, "approver": TEXT, "size": NUMBER, "head": TEXT, "at": NUMBER}
+ANCHOR_SHAPE: Fields = {"format": TEXT, "vault_id": TEXT, "approver": TEXT, "size": NUMBER, "head": TEXT, "at": NUMBER}
 
 
 def signed_heads(store: Store) -> Iterator[Row]:

@@ -149,6 +149,26 @@ def test_a_batch_is_submitted_line_by_line(queue: Place) -> None:
     assert queue.task(done[1]["task_id"])["max_attempts"] == 2
 
 
+def test_a_large_batch_of_many_shapes_keeps_every_line_apart(queue: Place) -> None:
+    """More lines than are written at once and more shapes than are remembered; each has its own rows, payload and event."""
+    lines = [{"goal": f'goal "{n}"', "handler": "work", "sla": f"{1000 + n % 130}s", "priority": ("high", "low")[n % 2], "context": {"n": n}}
+             for n in range(333)]  # fmt: skip
+    lines[200] |= {"intent_id": "needed"}
+    lines[205] |= {"after": ["needed"]}
+    done = queue.ok("--json", "submit-intent", "--batch", "-", stdin="\n".join(map(json.dumps, lines)).encode()).lines
+    rows = queue.sql("SELECT t.task_id, t.intent_id, t.goal, t.priority, t.sla_ms, t.status, t.next_at - t.queued_at, t.payload, e.payload AS heard "
+                     "FROM htm_tasks t JOIN events e ON e.subject = t.task_id AND e.topic = 'agentic.intent.created' ORDER BY t.seq")  # fmt: skip
+    assert [(row[0], row[1]) for row in rows] == [(one["task_id"], one["intent_id"]) for one in done]
+    for n, (line, (task_id, intent_id, goal, priority, sla, status, step, payload, event)) in enumerate(zip(lines, rows, strict=True)):
+        blocked = n == 205
+        first_step = round(sla * 0.8) if blocked or priority == "high" else sla // 2
+        assert (goal, priority, sla, status, step) == (line["goal"], line["priority"], (1000 + n % 130) * 1000, "blocked" if blocked else "queued", first_step)
+        told, heard = json.loads(payload), json.loads(event)
+        assert (told["goal"], told["task_id"], told["intent_id"], told["context"], told["sla_ms"]) == (goal, task_id, intent_id, {"n": n}, sla)
+        assert (heard["goal"], heard["task_id"], heard["intent_id"], heard["sla_ms"]) == (goal, task_id, intent_id, sla)
+    assert queue.sql("SELECT SUM(n) FROM task_counts WHERE status = 'queued'") == [[332]]
+
+
 @pytest.mark.parametrize(("line", "status", "word"), [
     ('{"goal": "x"', 2, ""), ("[]", 2, "object"), ('{"handler": "work"}', 2, "goal"), ('{"goal": "x", "handler": "work", "colour": 1}', 2, "colour"),
     ('{"goal": "x", "handler": "work", "sla": 300}', 2, "sla"), ('{"goal": "x", "handler": "work", "sla": "5"}', 2, "sla"),

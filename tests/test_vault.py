@@ -1133,6 +1133,67 @@ def test_low_risk_asked_at_a_higher_one_needs_approval_and_then_opens(vault_plac
     assert released(vault_place, "open", "anna", "ben", options=("--risk", "high"), groups=("user", "governance")) == VALUES["open"]
 
 
+# ---- what is shown, and what an attacker without any key can bring about
+
+
+def test_a_secret_that_does_not_verify_is_listed_as_such(vault_place: Place) -> None:
+    """A changed header, and rows that were put back behind a pin; the others are not touched by it."""
+    assert {row["secret_key"]: row["verified"] for row in vault_place.json("secret", "list")} == dict.fromkeys(VALUES, True)
+    put_header(vault_place, "grave", {**header_of(vault_place, "grave"), "risk": "medium"})
+    put_early_rows_back(vault_place)
+    expected = {"open": True, "pair": True, "grave": False, "mid": False}
+    assert {row["secret_key"]: row["verified"] for row in vault_place.json("secret", "list")} == expected
+    assert vault_place.ok("secret", "list").out.count("DOES NOT VERIFY") == 2
+    assert vault_place.json("secret", "show", "mid")["verified"] is False
+
+
+def test_an_emptied_row_does_not_lower_what_the_next_value_is_sealed_with(vault_place: Place) -> None:
+    """Removing a value takes no key and no dropped trigger; storing it again must not silently make high risk medium."""
+    with contextlib.closing(apsw.Connection(str(vault_place.db))) as con:
+        con.execute("UPDATE secret_entries SET sealed = NULL, removed_at = 1 WHERE secret_key = 'grave' AND sealed IS NOT NULL")
+    done = vault_place.call("--json", "secret", "set", "grave", *as_olga(vault_place), stdin=b"newer")
+    if done.status == 0:
+        assert (done.json["risk_level"], done.json["policy"]) == ("high", "user:1of3 & governance:1of2")
+    else:
+        assert done.status in (2, 4, 5)
+    told = vault_place.json("secret", "set", "grave", "--risk", "medium", *as_olga(vault_place), stdin=b"newer")
+    assert told["risk_level"] == "medium", "said in so many words, it may be lowered"
+
+
+def test_a_changed_secret_is_recorded_also_when_an_approver_is_to_be_removed(module: Any, vault_place: Place) -> None:
+    """What that key can open cannot be told from a header that does not verify: refused, exit 5, with its leaf."""
+    put_header(vault_place, "mid", {**header_of(vault_place, "mid"), "service": "shoq"})
+    done = vault_place.call("approver", "remove", "anna", *signed_as(vault_place, "olga"))
+    assert (done.status, done.out) == (5, ""), done.err
+    with opened(module, vault_place) as store:
+        assert [leaf["kind"] for leaf in leaves(store)][-1] == "vault.refused"
+
+
+def test_many_processes_that_seal_at_once_leave_one_line_of_versions(module: Any, vault_place: Place) -> None:
+    """Each new version follows the one before it, or its process is told to try again; pins and log hold."""
+    crowd = [vault_place.start("secret", "rotate", "mid", *as_olga(vault_place), "--value-file", word_file(vault_place, "ben")) for _ in range(6)]
+    ends = [(process.communicate(timeout=60)[1], process.returncode) for process in crowd]
+    assert {status for _, status in ends} <= {0, 4}, ends
+    done = sum(status == 0 for _, status in ends)
+    assert done >= 1
+    counts = fetch(vault_place.db, "SELECT MAX(version), COUNT(*), SUM(sealed IS NOT NULL) FROM secret_entries WHERE secret_key = 'mid'")
+    assert counts == [(2 + done, 2 + done, 1)]
+    assert findings(module, vault_place, entered(module, vault_place)) == []
+    with opened(module, vault_place) as store:
+        assert asked(module, store, "mid").header["version"] == 2 + done
+        assert module.Vault(store).seen.secrets["mid"][0] == 2 + done
+
+
+def test_the_costs_of_a_passphrase_are_bounded_and_high_by_default(module: Any, tmp_path: Path) -> None:
+    """256 MiB unless it is said otherwise; whatever is said, a key file gets 64 MiB at least and 1 GiB at most, and each its own salt."""
+    assert Place(tmp_path).json("config", "get", "vault.argon2_memory")["value"] == 268435456
+    for said, got in ((1024, 65536), (64 << 20, 65536), (65 << 20, 66560), (1 << 40, 1 << 20)):
+        kdf = module.kdf_for(said)
+        assert kdf["memory_kib"] in (got, 65536), "the floor where memory is short"
+        assert (kdf["name"], kdf["iterations"], len(base64.b64decode(kdf["salt"]))) == ("argon2id", 3, 16)
+    assert len({module.kdf_for(1024)["salt"] for _ in range(20)}) == 20
+
+
 # ---- the audit log
 
 
