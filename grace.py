@@ -1395,6 +1395,7 @@ LEAVES_AFTER = "SELECT seq, leaf, hash FROM audit_log WHERE seq > :after ORDER B
 LEAVES_NEWEST = "SELECT seq, leaf, hash FROM audit_log ORDER BY seq DESC LIMIT :n"
 ALL_ANCHORS = "SELECT document, signature FROM audit_anchors ORDER BY seq"
 NO_HEAD: tuple[int, str] = (0, "0" * 64)
+LEAVES_OF = "SELECT seq, leaf, hash FROM audit_log WHERE json(leaf) ->> 'subject' = :subject ORDER BY seq LIMIT :n"
 AUDIT_PAGE = 1000
 
 
@@ -1434,8 +1435,7 @@ def extends(reader: Reader, seen: tuple[int, str]) -> bool:
     return seen[0] == 0 or (row is not None and row["hash"] == seen[1])
 
 
-def all_leaves(reader: Reader) -> Iterator[Row]:
-    after = 0
+def all_leaves(reader: Reader, after: int = 0) -> Iterator[Row]:
     while rows := reader.all(LEAVES_AFTER, after=after, n=AUDIT_PAGE):
         yield from rows
         after = rows[-1]["seq"]
@@ -1867,11 +1867,29 @@ def rosters_until(rows: list[Row], vault_id: str, root: str, seen: tuple[int, st
             raise RefusedError(f"the roster {number} is not signed by an approver")
         if number == seen[0] and this != seen[1]:
             raise RefusedError(f"the roster {number} is another one than the one seen before")
+        if current is not None and (problem := odd_change(current, roster, signer)):
+            raise RefusedError(f"the roster {number} {problem}")
         current = roster
         verified.append(roster)
     if not verified or len(verified) < seen[0]:
         raise RefusedError("rolled back: a newer list of approvers was seen before")
     return verified
+
+
+def odd_change(before: Row, after: Row, signer: Row) -> str | None:
+    """Why an approver may not have changed the list so, or None: nobody hands out a role that he does not hold himself."""
+    if after["machine"] != before["machine"]:
+        return "names another machine"
+    known = {fingerprint(person): person for person in before["approvers"]}
+    for person in after["approvers"]:
+        old = known.pop(fingerprint(person), None)
+        if old is None and not set(person["roles"]) <= set(signer["roles"]):
+            return f"gives a role that {signer['name']} does not hold"
+        if old is not None and (old["name"], old["roles"], old["added"]) != (person["name"], person["roles"], person["added"]):
+            return f"changes {old['name']}"
+        if old is not None and old["removed"] is not None and (old["removed"], old["keeps"]) != (person["removed"], person["keeps"]):
+            return f"brings {old['name']} back"
+    return "drops somebody" if known else None
 
 
 def active(roster: Row) -> list[Row]:
@@ -2194,7 +2212,7 @@ class Approver:
             raise DeniedError(f"{self.name} is not an approver any more")
         return self
 
-    def learn(self, audit: tuple[int, str], header: Row | None = None) -> None:
+    def learn(self, audit: tuple[int, str] | None, header: Row | None = None) -> None:
         self.seen.learn((self.roster["number"], hash_of("roster", self.roster)), audit, header, fingerprint(self.roster["machine"]))
 
 
@@ -2220,8 +2238,8 @@ CONSENTS_OVER = """SELECT * FROM secret_consent_records
   WHERE consent_status IN ('pending', 'approved') AND COALESCE(grant_expires_at, expires_at) <= :now"""
 NEXT_CONSENT_END = """SELECT COALESCE(grant_expires_at, expires_at) AS at FROM secret_consent_records
   WHERE consent_status IN ('pending', 'approved') ORDER BY COALESCE(grant_expires_at, expires_at) LIMIT 1"""
-LAST_ANSWERS = """SELECT consent_status, denied_at FROM secret_consent_records
-  WHERE requester = :requester AND consent_status <> 'pending' ORDER BY seq DESC LIMIT 3"""
+LAST_ANSWERS = """SELECT consent_status, denied_at FROM secret_consent_records WHERE requester = :requester
+  AND (denied_at IS NOT NULL OR (approved_at IS NOT NULL AND approval_method = 'approver')) ORDER BY seq DESC LIMIT 3"""
 PUT_CONSENT = """INSERT INTO secret_consent_records (consent_id, secret_key, secret_version, consent_status, mode, request, requester, pid,
     pid_started, boot_id, ephemeral, task_id, max_uses, requested_at, expires_at, observed)
   VALUES (:consent_id, :key, :version, 'pending', :mode, :request, :requester, :pid, :started, :boot, :ephemeral, :task_id, 1, :now,
@@ -2256,7 +2274,7 @@ GRANT_SHAPE: Fields = {
     "size": NUMBER, "head": TEXT, "nonce": TEXT,
 }  # fmt: skip
 CASE_SHAPE: Fields = {
-    "format": TEXT, "consent_id": TEXT, "request": TEXT, "header": TEXT, "sealed": TEXT, "seal": TEXT, "audit": (list,), "rosters": (list,),
+    "format": TEXT, "consent_id": TEXT, "request": TEXT, "header": TEXT, "sealed": TEXT, "seal": TEXT, "leaf": TEXT, "rosters": (list,),
     "shares": (list,), "grants": (list,), "earlier": (dict,),
 }  # fmt: skip
 CASE_PARTS: dict[str, Fields] = {
@@ -2294,9 +2312,22 @@ def request_of(text: str) -> Row:
         parse_json(request["claimed"]["context"])
     except ValueError as error:
         raise RefusedError(f"a request {error}") from None
+    if request["risk"] not in RISK_LEVELS or (request["ephemeral"] is None) != (request["risk"] == "low"):
+        raise RefusedError("a request has no known risk, or no key to answer to")
     if request["ephemeral"] is not None:
         shaped(request["ephemeral"], PUBLIC_SHAPE, "a request")
     return request
+
+
+NO_REQUEST: Row = {"claimed": {"by": "?", "for": "?", "action": "?", "user": None, "context": "{}"}, "reported": {}, "risk": "critical", "user": None}
+
+
+def listed_request(row: Row) -> Row:
+    """The request of a row for a listing: what is none any more is shown as unknown and stops no list."""
+    try:
+        return request_of(row["request"])
+    except RefusedError:
+        return NO_REQUEST
 
 
 def grant_of(text: str) -> Row:
@@ -2304,6 +2335,16 @@ def grant_of(text: str) -> Row:
         return shaped(parse_canonical(text), GRANT_SHAPE, "a grant")
     except ValueError as error:
         raise RefusedError(f"a grant {error}") from None
+
+
+def filed_request(reader: Reader, row: Row, header: Row, sealed_hash: str, vault_id: str) -> Row:
+    """The request of a consent's row: it fits the row, the header and the log; RefusedError otherwise."""
+    request = checked_request(row["request"], header, sealed_hash, vault_id)
+    columns = (row["consent_id"], row["secret_key"], row["secret_version"], row["mode"], row["max_uses"])
+    if columns != (request["consent_id"], request["key"], request["version"], request["mode"], 1):
+        raise RefusedError("the row of the request says something else than the request")
+    check_story(reader, row["consent_id"], request)
+    return request
 
 
 def checked_request(text: str, header: Row, sealed_hash: str, vault_id: str) -> Row:
@@ -2329,6 +2370,8 @@ def checked_grant(header: Row, request: Row, roster: Row, row: Row) -> Row:
         raise RefusedError("a grant belongs to another request")
     if (grant["mode"], grant["max_uses"]) != (request["mode"], 1) or grant["group"] not in required_groups(header, request["risk"]):
         raise RefusedError("a grant says something else than was asked for")
+    if (row.get("group_name", grant["group"]), row.get("approver", grant["approver"])) != (grant["group"], grant["approver"]):
+        raise RefusedError("a grant is filed under another group or approver")
     if grant["approver"] not in may_sign(header, request, roster, grant["group"]):
         raise RefusedError("a grant is by somebody who may not sign for this")
     members = holders(header, grant["group"])
@@ -2352,6 +2395,27 @@ def checked_grants(header: Row, request: Row, roster: Row, rows: list[Row]) -> l
 
 def missing_groups(header: Row, request: Row, grants: list[Row]) -> list[str]:
     return [group for group, threshold in required_groups(header, request["risk"]).items() if sum(g["group"] == group for g in grants) < threshold]
+
+
+ENDS = {"secret.used": "used", "consent.denied": "denied", "consent.revoked": "revoked", "consent.expired": "expired"}
+
+
+def check_story(reader: Reader, consent_id: str, request: Row) -> None:
+    """The log holds this request as it was filed, and no end of it: a row that somebody has put back or changed is refused."""
+    first = next(iter(reader.all(LEAVES_OF, subject=consent_id, n=1)), None)
+    filed = stored_object(first["leaf"]) if first else {}
+    if first is None or odd_leaf(first, first["seq"] - 1, str(filed.get("previous"))) or filed.get("kind") != "consent.requested":
+        raise RefusedError("the log does not hold the request")
+    if filed["facts"].get("request") != hash_of("request", request):
+        raise RefusedError("the log says that something else was asked for")
+    size, head = first["seq"], first["hash"]
+    for row in all_leaves(reader, size):
+        if problem := odd_leaf(row, size, head):
+            raise RefusedError(f"the log is broken: {problem}")
+        size, head = row["seq"], row["hash"]
+        leaf = json.loads(row["leaf"])
+        if leaf["subject"] == consent_id and leaf["kind"] in ENDS:
+            raise RefusedError(f"the log says that it was {ENDS[leaf['kind']]} already")
 
 
 # ---- asking
@@ -2467,8 +2531,7 @@ def refuse_floods(tx: Tx, requester: str) -> None:
     answers = tx.all(LAST_ANSWERS, requester=requester)
     pause = setting(tx, "consent.pause")
     if len(answers) == DENIALS and all(row["consent_status"] == "denied" for row in answers) and tx.now < answers[0]["denied_at"] + pause:
-        raise DeniedError(f"this program was denied {DENIALS} times in a row and has to pause until {format_instant(answers[0]['denied_at'] + pause)}",
-                          "an approver may change it: grace config set consent.pause 1s")  # fmt: skip
+        raise DeniedError(f"this program was denied {DENIALS} times in a row and has to pause until {format_instant(answers[0]['denied_at'] + pause)}")
 
 
 def request_event(request: Row, header: Row) -> Row:
@@ -2534,21 +2597,25 @@ def asker_lives(row: Row) -> bool:
     return bool(row["boot_id"] == boot_id() and lives(row["pid"], row["pid_started"]))
 
 
-def build_case(tx: Tx, consent_id: str, who: str) -> Row:
-    """All that an approver needs, here or elsewhere, to judge a request and to sign; recorded before anything is signed."""
+def build_case(tx: Tx, consent_id: str, who: str, member: str | None = None) -> Row:
+    """All that an approver needs, here or elsewhere, to judge a request and to sign; recorded before anything is signed.
+
+    With `member`, a fingerprint, only that approver's parts."""
     row = still_pending(get_consent(tx, consent_id), tx.now)
     entry = tx.one(GET_VERSION, key=row["secret_key"], version=row["secret_version"])
     newest = tx.one(NEWEST_VERSION, key=row["secret_key"])
     if entry is None or entry["sealed"] is None or newest is None or newest["version"] != entry["version"]:
         raise ConflictError(f"{row['secret_key']} was changed after {row['consent_id']} was asked for")
-    size, head = record(tx, "consent.shown", row["consent_id"], {"key": row["secret_key"], "to": who})
-    claimed = request_of(row["request"])["claimed"]
+    request = request_of(row["request"])
+    check_story(tx, row["consent_id"], request)
+    size, _ = record(tx, "consent.shown", row["consent_id"], {"key": row["secret_key"], "request": hash_of("request", request), "to": who})
+    leaf, claimed = tx.value("SELECT leaf FROM audit_log WHERE seq = :seq", seq=size), request["claimed"]
     return {
         "format": "grace-case/1", "consent_id": row["consent_id"], "request": row["request"], "header": entry["header"],
-        "sealed": sha256(bytes(entry["sealed"])), "seal": b64(bytes(entry["signature"])), "audit": [size, head],
+        "sealed": sha256(bytes(entry["sealed"])), "seal": b64(bytes(entry["signature"])), "leaf": leaf,
         "rosters": [{"number": r["number"], "document": r["document"], "signature": b64(bytes(r["signature"]))} for r in tx.all(ROSTERS)],
         "shares": [{"group": s["group_name"], "member": s["member"], "index": s["share_index"], "wrap": b64(bytes(s["wrap"]))}
-                   for s in tx.all(SHARES_OF, key=row["secret_key"], version=row["secret_version"])],
+                   for s in tx.all(SHARES_OF, key=row["secret_key"], version=row["secret_version"]) if member in (None, s["member"])],
         "grants": [{"document": g["document"], "signature": b64(bytes(g["signature"])), "wrap_hash": g["wrap_hash"]}
                    for g in tx.all(GRANTS_OF, id=row["consent_id"])],
         "earlier": {r["status"]: r["n"] for r in tx.all(EARLIER, key=row["secret_key"], by=claimed["by"], id=row["consent_id"])},
@@ -2568,7 +2635,8 @@ def parse_case(text: str) -> Row:
     for name, shape in CASE_PARTS.items():
         for item in case[name]:
             shaped(item, shape, "this text")
-    if case["format"] != "grace-case/1" or [type(item) for item in case["audit"]] != [int, str]:
+    counts = case["earlier"].items()
+    if case["format"] != "grace-case/1" or not all(status in CONSENT_STATUS and type(n) is int and n >= 0 for status, n in counts):
         raise RefusedError("this is no exported request")
     return case
 
@@ -2584,18 +2652,31 @@ class Review:
         self.header = check_seal(case["header"], case["sealed"], from_b64(case["seal"], "a seal"), approver.vault_id, self.roster)
         if problem := approver.seen.odd_version(self.header):
             raise RefusedError(f"rolled back: {problem}")
-        size, head = case["audit"]
-        if size < approver.seen.audit[0] or (size == approver.seen.audit[0] and head != approver.seen.audit[1]):
-            raise RefusedError("rolled back: the audit log is not the one seen before")
         self.request = checked_request(case["request"], self.header, case["sealed"], approver.vault_id)
         if self.request["consent_id"] != case["consent_id"]:
             raise RefusedError("the request belongs to another consent")
+        self.audit = self._place_in_log()
+        if self.audit[0] < approver.seen.audit[0] or (self.audit[0] == approver.seen.audit[0] and self.audit != approver.seen.audit):
+            raise RefusedError("rolled back: the audit log is not the one seen before")
         if now >= self.request["answer_by"]:
             raise ConflictError(f"{case['consent_id']} has expired unanswered")
         given = [{**row, "signature": from_b64(row["signature"], "a signature")} for row in case["grants"]]
         self.grants = checked_grants(self.header, self.request, self.roster, given)
         self.hash = hash_of("request", self.request)
         self.code = code_of(self.hash)
+
+    def _place_in_log(self) -> tuple[int, str]:
+        """Size and head of the log with the leaf that says that this very request is shown."""
+        try:
+            leaf = parse_canonical(self.case["leaf"])
+        except ValueError as error:
+            raise RefusedError(f"a leaf {error}") from None
+        facts = leaf.get("facts")
+        if (leaf.get("kind"), leaf.get("subject")) != ("consent.shown", self.request["consent_id"]) or type(leaf.get("seq")) is not int:
+            raise RefusedError("the leaf belongs to something else")
+        if not isinstance(facts, dict) or facts.get("request") != hash_of("request", self.request):
+            raise RefusedError("the leaf names another request")
+        return leaf["seq"], hash_of("audit", leaf)
 
     @property
     def risk(self) -> str:
@@ -2627,7 +2708,7 @@ class Review:
 
     def sign(self, group: str, now: int) -> Row:
         """One signed grant: this approver's part of the data key, where he holds one, wrapped to the requester."""
-        keys, (size, head) = self.approver.keys, self.case["audit"]
+        keys, (size, head) = self.approver.keys, self.audit
         share = next((s for s in self.case["shares"] if s["group"] == group and s["member"] == keys.fingerprint), None)
         if (share is None) == bool(holders(self.header, group)):
             raise RefusedError(f"the part of {self.approver.name} is missing")
@@ -2642,15 +2723,18 @@ class Review:
         signature = keys.sign(statement("grant-signature", [grant, wrap_hash(wrap)]))
         return {"document": canonical(grant).decode(), "wrap": b64(wrap) if wrap is not None else None, "signature": b64(signature)}
 
-    def learn(self) -> None:
-        self.approver.learn((self.case["audit"][0], self.case["audit"][1]), self.header)
+    def learn(self, elsewhere: bool = False) -> None:
+        """What this approver has now seen; where there is no log to look at, nothing of it."""
+        self.approver.learn(None if elsewhere else self.audit, self.header)
 
 
 def record_grants(tx: Tx, vault: Vault, consent_id: str, signed: list[Row], observed: Row) -> Row:
     """Store signed grants and, when nothing is missing any more, approve; the consent's row. ConflictError when too late."""
     row = still_pending(get_consent(tx, consent_id), tx.now)
     entry, header = vault.current(tx, row["secret_key"])
-    request = checked_request(row["request"], header, sha256(bytes(entry["sealed"])), vault.id)
+    request = filed_request(tx, row, header, sha256(bytes(entry["sealed"])), vault.id)
+    if tx.now >= request["answer_by"]:
+        raise ConflictError(f"{row['consent_id']} has expired unanswered")
     for item in signed:
         grant = grant_of(item["document"])
         if not leaf_is_there(tx, grant, row["consent_id"]):
@@ -2733,7 +2817,7 @@ def revoke_all(tx: Tx, key: str, action: str | None, reason: str) -> list[Row]:
     """Revoke what is open for a secret, or for one action with it."""
     if tx.one(NEWEST_VERSION, key=key) is None:
         raise NotFoundError(f"there is no secret {key!r}", "see them with: grace secret list")
-    wanted = [row for row in tx.all(OPEN_CONSENTS_OF, key=key) if action is None or request_of(row["request"])["claimed"]["action"] == action]
+    wanted = [row for row in tx.all(OPEN_CONSENTS_OF, key=key) if action is None or listed_request(row)["claimed"]["action"] == action]
     return [revoke(tx, row["consent_id"], reason) for row in wanted]
 
 
@@ -2798,9 +2882,7 @@ def claim_parts(tx: Tx, vault: Vault, consent_id: str, keys: Keys | None, own_re
     entry, header = vault.current(tx, row["secret_key"])
     if own_request is not None and row["request"] != own_request:
         raise RefusedError("the request was changed after it was filed")
-    request = checked_request(row["request"], header, sha256(bytes(entry["sealed"])), vault.id)
-    if request["consent_id"] != row["consent_id"]:
-        raise RefusedError("the request belongs to another consent")
+    request = filed_request(tx, row, header, sha256(bytes(entry["sealed"])), vault.id)
     rows = tx.all(GRANTS_OF, id=row["consent_id"])
     grants = checked_grants(header, request, vault.roster, rows)
     if missing := missing_groups(header, request, grants):
@@ -2885,8 +2967,9 @@ def prompt_lines(review: Review, seen: Row, elsewhere: bool) -> list[str]:
     lines += [f'  {name:<9} "{ascii_only(str(claimed[name]))}"' for name in ("by", "action", "for", "user") if claimed.get(name)]
     lines += [f'  context   "{ascii_only(claimed["context"])}"'] if claimed["context"] != "{}" else []
     earlier = review.case["earlier"]
-    history = ", ".join(f"{n} {status}" for status, n in sorted(earlier.items())) if earlier else "the first time that this requester asks for it"
-    return [*lines, "BEFORE", f"  {history}", f"  answer until {format_instant(request['answer_by'])}"]
+    history = ", ".join(f"{n} {ascii_only(status)}" for status, n in sorted(earlier.items()))
+    history = history or "the first time that this requester asks for it"
+    return [*lines, "BEFORE" + (", as the other machine says" if elsewhere else ""), f"  {history}", f"  answer until {format_instant(request['answer_by'])}"]
 
 
 # ---- shown to programs and people
@@ -2906,17 +2989,18 @@ def newest_roster(reader: Reader) -> Row:
 
 def consent_document(reader: Reader, row: Row) -> Row:
     """A consent as programs see it."""
-    request, roster = request_of(row["request"]), newest_roster(reader)
-    header = json.loads((reader.one(GET_VERSION, key=row["secret_key"], version=row["secret_version"]) or {"header": "{}"})["header"])
+    request, roster = listed_request(row), newest_roster(reader)
+    header = stored_object((reader.one(GET_VERSION, key=row["secret_key"], version=row["secret_version"]) or {"header": "{}"})["header"])
     claimed, names = request["claimed"], {fingerprint(person): person["name"] for person in roster["approvers"]}
     grants = reader.all(GRANTS_OF, id=row["consent_id"])
-    needed = required_groups(header, request["risk"]) if request["risk"] != "low" else {}
+    needed = required_groups(header, request["risk"]) if request["risk"] != "low" and not odd_policy(header.get("policy")) else {}
     governance = sum(grant["group_name"] == "governance" for grant in grants)
     return {
         "consent_id": row["consent_id"], "secret_key": row["secret_key"], "secret_version": row["secret_version"], "secret_type": header.get("type"),
         "service": header.get("service"), "requested_by": claimed["by"], "requested_for": claimed["for"], "requested_action": claimed["action"],
         "user_id": names.get(request["user"], claimed["user"]), "risk_level": request["risk"], "mode": row["mode"],
-        "code": code_of(hash_of("request", request)), "consent_status": row["consent_status"], "single_use": row["max_uses"] == 1,
+        "code": code_of(hash_of("request", request)) if request is not NO_REQUEST else None,
+        "consent_status": row["consent_status"], "single_use": row["max_uses"] == 1,
         "used_count": row["used_count"], "max_uses": row["max_uses"], "governance_approval_required": "governance" in needed,
         "governance_approved": governance >= needed["governance"] if "governance" in needed else None,
         "approvals": [{"group": grant["group_name"], "approver": names.get(grant["approver"], grant["approver"]),
@@ -4040,55 +4124,92 @@ class Log:
 
 
 class Scrubber:
-    """Takes secrets out of a stream of output: as they are, in base64, and percent-encoded, also across pieces of it.
+    """Takes secrets out of a stream of output: as they are, in base64, and percent-encoded, also across pieces and lines of it.
 
     A value shorter than four bytes is left alone: it would be found everywhere."""
 
     def __init__(self, values: dict[str, bytes]):
-        forms = {form: f"[secret {name}]".encode() for name, value in values.items() if len(value) >= 4 for form in spellings(value)}
-        self._names = forms
-        self._pattern = re.compile(b"|".join(re.escape(form) for form in sorted(forms, key=len, reverse=True)) or rb"(?!)")
-        self._longest = max((len(form) for form in forms), default=0)
+        self._forms = {form.translate(None, LINE_ENDS): f"[secret {name}]".encode() for name, value in values.items() for form in spellings(value)}
+        self._longest = max(map(len, self._forms), default=1)
         self._rest = b""
 
     def feed(self, data: bytes, last: bool = False) -> bytes:
         """What can be passed on: all but an end that could be the beginning of a secret, which waits for more."""
+        import bisect
+
         data = self._rest + data
-        settled = len(data) if last else max(0, len(data) - self._longest + 1)
+        plain = data.translate(None, LINE_ENDS)  # a tool may have wrapped its output anywhere
+        settled = len(plain) if last else max(0, len(plain) - self._longest + 1)
+        ends = [match.start() for match in re.finditer(rb"[\r\n]", data)]
+        shifts = [at - number for number, at in enumerate(ends)]
         out, at = [], 0
-        for match in self._pattern.finditer(data):
-            if match.start() >= settled:
-                break
-            out += [data[at : match.start()], self._names[match[0]]]
-            at = match.end()
-        cut = max(at, settled)
+        for start, end, label in self._found(plain, settled):
+            out += [data[at : start + bisect.bisect_right(shifts, start)], label]
+            at = end + bisect.bisect_right(shifts, end - 1)
+        cut = len(data) if last else max(at, settled + bisect.bisect_left(shifts, settled))
         self._rest = data[cut:]
         return b"".join([*out, data[at:cut]])
+
+    def _found(self, plain: bytes, settled: int) -> list[tuple[int, int, bytes]]:
+        """Where secrets stand that begin before `settled`; those that overlap or touch are one."""
+        spans = []
+        for form, label in self._forms.items():
+            at = plain.find(form)
+            while 0 <= at < settled:
+                spans.append((at, at + len(form), label))
+                at = plain.find(form, at + 1)
+        merged: list[tuple[int, int, bytes]] = []
+        for start, end, label in sorted(spans, key=lambda span: (span[0], -span[1])):
+            if merged and start <= merged[-1][1] and (start < merged[-1][1] or label == merged[-1][2]):
+                merged[-1] = (merged[-1][0], max(end, merged[-1][1]), merged[-1][2])
+            else:
+                merged.append((start, end, label))
+        return merged
 
     def text(self, value: Any) -> Any:
         """A document with the secrets taken out of each text in it."""
         if isinstance(value, str):
-            fresh = Scrubber({})
-            fresh._names, fresh._pattern, fresh._longest = self._names, self._pattern, self._longest
-            return fresh.feed(value.encode(errors="surrogateescape"), last=True).decode(errors="replace")
+            before, self._rest = self._rest, b""
+            done = self.feed(value.encode(errors="surrogateescape"), last=True)
+            self._rest = before
+            return done.decode(errors="replace")
         if isinstance(value, dict):
             return {self.text(key): self.text(item) for key, item in value.items()}
         return [self.text(item) for item in value] if isinstance(value, list) else value
 
 
+LINE_ENDS = b"\r\n"
+PIECE = 512  # a longer spelling is looked for in pieces of this, so that no more than that is held back
+
+
 def spellings(value: bytes) -> set[bytes]:
-    """A value as it may stand in output: plain, inside base64 at each of its three alignments, percent-encoded, in JSON."""
-    import base64
+    """A value as it may stand in output: plain, line by line, in base64 at each of three alignments, percent-encoded, in JSON."""
     import urllib.parse
 
-    forms = {value, json.dumps(value.decode(errors="replace"))[1:-1].encode(), base64.b64encode(value), base64.urlsafe_b64encode(value)}
+    forms = {value.rstrip(b"\r\n"), *(line for line in value.splitlines() if len(line) >= 16)}
+    for text in (value, value.rstrip(b"\r\n")):
+        forms |= {json.dumps(text.decode(errors="replace"))[1:-1].encode(), *in_base64(text), urllib.parse.quote_plus(text).encode()}
+        forms |= {urllib.parse.quote(text, safe=safe).encode() for safe in ("", "/")}
+    forms |= {re.sub(rb"%[0-9A-F]{2}", lambda match: match[0].lower(), form) for form in forms if b"%" in form}
+    return {piece for form in forms if len(form) >= 4 for piece in pieces(form)}
+
+
+def in_base64(value: bytes) -> set[bytes]:
+    """The letters that only the value decides, whatever stands before and after it."""
+    import base64
+
+    forms = {base64.b64encode(value)}
     for shift in range(3):
         text = base64.b64encode(bytes(shift) + value)
-        whole = text[(0, 2, 3)[shift] : len(text) - (0, 3, 2)[(len(value) + shift) % 3]]  # the characters that only the value decides
-        forms |= {whole, whole.translate(bytes.maketrans(b"+/", b"-_"))}
-    forms |= {urllib.parse.quote(value, safe=safe).encode() for safe in ("", "/")} | {urllib.parse.quote_plus(value).encode()}
-    forms |= {re.sub(rb"%[0-9A-F]{2}", lambda match: match[0].lower(), form) for form in forms if b"%" in form}
-    return {form for form in forms if len(form) >= 4}
+        forms.add(text[(0, 2, 3)[shift] : len(text) - (0, 3, 2)[(len(value) + shift) % 3]])
+    return forms | {form.translate(bytes.maketrans(b"+/", b"-_")) for form in forms}
+
+
+def pieces(form: bytes) -> list[bytes]:
+    """A long spelling in pieces of about the same length."""
+    n = -(-len(form) // PIECE)
+    size = -(-len(form) // n)
+    return [form[at : at + size] for at in range(0, len(form), size)]
 
 
 class Copy:
@@ -6940,6 +7061,8 @@ def unlock(vault: Vault, name: str, source: str | None) -> Approver:
         approver.meet(vault.store.all(ROSTERS))
         if not extends(vault.store, approver.seen.audit):
             raise RefusedError("rolled back: the audit log is not the one that this approver has seen")
+        if hash_of("roster", approver.roster) != vault.roster_mark[1]:
+            raise RefusedError("this machine knows another list of approvers")
     return approver
 
 
@@ -6998,6 +7121,9 @@ def approver_add(app: App, name: str, role: tuple[str, ...], new_passphrase_file
     if any(person["name"].lower() == name.lower() for person in active(vault.roster)):
         raise ConflictError(f"there is an approver {name} already")
     signer = unlock(vault, choose_approver(vault, approver), passphrase_file)
+    held = (person_named(vault.roster, signer.name) or {"roles": []})["roles"]
+    if not set(role) <= set(held):
+        raise DeniedError(f"{signer.name} does not hold the role {' or '.join(sorted(set(role) - set(held)))}, and cannot hand it on")
     keys, seen_key = Keys.new(), os.urandom(32)
     roster = new_roster(vault.roster, [*vault.roster["approvers"], new_person(name, set(role), keys.public, clock())], vault.roster["machine"], vault.id,
                         signer.keys.fingerprint, clock())  # fmt: skip
@@ -7191,6 +7317,20 @@ def read_value(source: str | None, raw: bool, passphrase_source: str | None, key
     return value
 
 
+def refuse_takeover(approver: Approver, before: Row | None) -> None:
+    """A new version comes from whoever sealed the last one, or from one of its users."""
+    mine = approver.keys.fingerprint
+    if before is not None and before["risk"] != "low" and mine != before["owner"] and mine not in holders(before, "user"):
+        raise DeniedError(f"{approver.name} neither owns {before['key']} nor is one of its users", "let one of them store it: --owner NAME")
+
+
+def say_holders(vault: Vault, fields: Row) -> None:
+    """Who will hold parts of the key, before it is sealed for them."""
+    for group in fields["policy"]["all"]:
+        names = [str((person_of(vault.roster, member) or {"name": "this machine"})["name"]) for member in group["members"]]
+        sys.stderr.write(f"grace: {fields['key']} ({fields['risk']}) is sealed for {group['group']}, {group['threshold']} of: {', '.join(names)}\n")
+
+
 def seal_next(vault: Vault, key: str, value: bytes, options: Row, owner: str | None, source: str | None, kind: str) -> Row:
     """Seal a new version: low risk by the machine, anything else by an approver, whose passphrase that takes."""
     store = vault.store
@@ -7213,6 +7353,8 @@ def seal_next(vault: Vault, key: str, value: bytes, options: Row, owner: str | N
         with refusals(store, key, plain=False):
             if approver.seen.ahead_of(key, entry) or (before and approver.seen.odd_version(before)):
                 raise RefusedError(f"rolled back: {approver.name} has seen another version of {key}")
+        refuse_takeover(approver, before)
+        say_holders(vault, fields)
         made = seal(approver.keys, fields, value, vault.roster)
         stored = store.write(lambda tx: store_version(tx, made, kind, approver))
         approver.learn(audit_head(store), made["header"])
@@ -7299,6 +7441,8 @@ def secret_reshare(app: App, key: str, policy: list[Row] | None, approver: tuple
         raise UsageError(f"--policy: {error}") from None
     if not low and not policy:
         fields["policy"] = reshared_policy(before, vault.roster)
+    refuse_takeover(people[0], before)
+    say_holders(vault, fields)
     made = seal(vault.machine if low else people[0].keys, fields, value, vault.roster)
     stored = store.write(lambda tx: store_version(tx, made, "reshared", people[0]))
     people[0].learn(audit_head(store), made["header"])
@@ -7362,6 +7506,7 @@ def secret_remove(app: App, key: str) -> None:
     store, vault = open_vault(app)
     stored = store.write(lambda tx: remove_secret(tx, key))
     shred(store)
+    vault.learn_head()
     app.show(secret_document(vault, stored), lambda: write_out(f"{key} was removed; whoever has been given it still has it"))
 
 
@@ -7429,6 +7574,7 @@ def obtain(app: App, vault: Vault, specs: list[Row]) -> list[tuple[Asking, bytes
         return [(asking, asking.value()) for asking in askings]
     except GraceError:
         withdraw_open(vault.store, [asking.consent_id for asking in askings])
+        vault.learn_head()
         raise
 
 
@@ -7541,13 +7687,34 @@ def hand_over(values: dict[str, bytes], via: str, environment: dict[str, str]) -
     if not hasattr(os, "memfd_create"):
         raise UsageError(f"--via {via} needs files in memory, which this system does not have", "use --via env")
     for name, value in values.items():
-        fd = os.memfd_create("grace-secret", 0)
-        os.write(fd, value)
-        os.lseek(fd, 0, os.SEEK_SET)
+        fd = memory_file(value) if via == "file" else filled_pipe(value)
         if via == "stdin":
             return [fd]
+        os.set_inheritable(fd, True)
         environment[name] = str(fd) if via == "fd" else f"/proc/self/fd/{fd}"
     return []
+
+
+def memory_file(value: bytes) -> int:
+    fd = os.memfd_create("grace-secret")
+    os.write(fd, value)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def filled_pipe(value: bytes) -> int:
+    """A descriptor that gives the value once, and nobody again; a file in memory where the pipe is too small for it."""
+    source, target = os.pipe()
+    os.set_blocking(target, False)
+    try:
+        whole = os.write(target, value) == len(value)
+    except BlockingIOError:
+        whole = False
+    os.close(target)
+    if whole:
+        return source
+    os.close(source)
+    return memory_file(value)
 
 
 def run_beside(program: str, cmd: tuple[str, ...], environment: dict[str, str], stdin: list[int]) -> int:
@@ -7574,6 +7741,12 @@ def show_consent(app: App, store: Store, row: Row) -> None:
     )
 
 
+def pin_head(store: Store) -> None:
+    """Let this machine remember the log as it is now, so that an older copy is noticed."""
+    with contextlib.suppress(GraceError):
+        Vault(store).learn_head()
+
+
 def show_consents(app: App, store: Store, rows: list[Row], empty: str) -> None:
     documents = [consent_document(store, row) for row in rows]
     lines = [(d["consent_id"], d["consent_status"], d["risk_level"], d["secret_key"], printable(d["requested_by"]), printable(d["requested_action"]),
@@ -7588,8 +7761,8 @@ def consent_store(app: App) -> Store:
         raise LockedError("there is no vault yet", "make one: grace init")
     store.overwrite_deleted()
     shred_if_due(store)
-    if store.one(PENDING) or store.one(CONSENTS_OVER, now=clock()):
-        store.write(expire_consents)
+    if (store.one(PENDING) or store.one(CONSENTS_OVER, now=clock())) and store.write(expire_consents):
+        pin_head(store)
     return store
 
 
@@ -7637,7 +7810,7 @@ def consent_stats(app: App) -> None:
         for row in rows
         if row["approval_method"] != "auto" and (row["approved_at"] or row["denied_at"])
     )
-    requests = [request_of(row["request"]) for row in rows]
+    requests = [listed_request(row) for row in rows]
 
     def tally(values: Iterable[str]) -> dict[str, int]:
         counts: dict[str, int] = {}
@@ -7696,7 +7869,7 @@ def default_approver(vault: Vault, row: Row, name: str | None, group: str | None
     return choose_approver(vault, name)
 
 
-def judge(vault: Vault, approver: Approver, row: Row, elsewhere: bool = False) -> tuple[Review, Row]:
+def judge(vault: Vault, approver: Approver, row: Row) -> tuple[Review, Row]:
     """A pending request as this approver may trust it, and what this machine sees of its process."""
     with refusals(vault.store, row["consent_id"], plain=False):
         case = vault.store.write(lambda tx: build_case(tx, row["consent_id"], approver.name))
@@ -7704,12 +7877,22 @@ def judge(vault: Vault, approver: Approver, row: Row, elsewhere: bool = False) -
     return review, observe(review.request["reported"], os.geteuid())
 
 
-def twins(store: Store, row: Row) -> list[Row]:
-    """Pending requests that ask the same in the same words, for the same program."""
-    mine = request_of(row["request"])
-    same = [other for other in store.all(PENDING) if other["requester"] == row["requester"] and other["secret_version"] == row["secret_version"]]
-    found = [other for other in same if other["secret_key"] == row["secret_key"] and other["consent_id"] != row["consent_id"]]
-    return [other for other in found if all(request_of(other["request"])[name] == mine[name] for name in ("claimed", "risk", "mode", "user"))]
+Judged = tuple[Review, Row, list[str]]  # verified, observed, and the groups to sign for
+
+
+def twins(vault: Vault, first: Judged, row: Row, group: str | None) -> list[Judged]:
+    """Pending requests that ask the same in the same words, from the same running program: judged before the person is asked."""
+    review, seen, _ = first
+    found = []
+    for other in vault.store.all(PENDING):
+        if other["consent_id"] == row["consent_id"] or (other["secret_key"], other["requester"]) != (row["secret_key"], row["requester"]):
+            continue
+        with contextlib.suppress(GraceError):
+            twin, its = judge(vault, review.approver, other)
+            same = all(twin.request[name] == review.request[name] for name in ("header", "sealed", "claimed", "risk", "mode", "user"))
+            if same and its["alive"] and its["ancestors"][:1] == seen["ancestors"][:1]:
+                found.append((twin, its, twin.groups(group)))
+    return found
 
 
 def sign_and_record(vault: Vault, review: Review, groups: list[str], seen: Row, note: str | None, source: str | None) -> Row:
@@ -7748,19 +7931,20 @@ def consent_approve(app: App, id: str | None, group: str | None, once: bool, cod
     person = unlock(vault, default_approver(vault, row, approver, group), passphrase_file)
     review, seen = judge(vault, person, row)
     groups = review.groups(group)
-    same = twins(store, row) if review.risk == "medium" else []
-    show_prompt(review, seen, False, len(same))
+    same = twins(vault, (review, seen, groups), row, group) if review.risk == "medium" and code is None and seen["alive"] else []
+    show_prompt(review, seen, False, [twin.code for twin, _, _ in same])
     confirmed(review, code, passphrase_file)
     done = sign_and_record(vault, review, groups, seen, note, passphrase_file)
-    for twin in same:
-        with contextlib.suppress(ConflictError):
-            again, seen = judge(vault, person, twin)
-            sign_and_record(vault, again, again.groups(group), seen, note, passphrase_file)
+    for twin, its, signing in same:
+        try:
+            sign_and_record(vault, twin, signing, its, note, passphrase_file)
+        except GraceError as error:
+            sys.stderr.write(f"grace: {twin.request['consent_id']} was not approved: {error.message}\n")
     show_consent(app, store, done)
 
 
-def show_prompt(review: Review, seen: Row, elsewhere: bool, same: int = 0) -> None:
-    lines = prompt_lines(review, seen, elsewhere) + ([f"AND {counted(same, 'identical request')}, answered with this one"] if same else [])
+def show_prompt(review: Review, seen: Row, elsewhere: bool, codes: Iterable[str] = ()) -> None:
+    lines = prompt_lines(review, seen, elsewhere) + [f"AND an identical request of the same program, answered with this one: code {code}" for code in codes]
     sys.stderr.write("\n".join(lines) + "\n")
     sys.stderr.flush()
 
@@ -7791,16 +7975,21 @@ def approve_elsewhere(app: App, source: str, out: str | None, group: str | None,
     show_prompt(review, {}, True)
     confirmed(review, code, passphrase_source)
     signed = [review.sign(one, clock()) for one in groups]
-    review.learn()
+    review.learn(elsewhere=True)
     write_text(app, out, {"format": "grace-approval/1", "consent_id": case["consent_id"], "approver": who, "grants": signed})
 
 
-@command("consent export", arg("id", "id"), opt("--out", metavar="FILE", help="Write there instead of to stdout."))
-def consent_export(app: App, id: str, out: str | None) -> None:
+@command("consent export", arg("id", "id"), opt("--approver", kind="name", help="Only the parts of this one [default: all who may answer]."),
+         opt("--out", metavar="FILE", help="Write there instead of to stdout."))
+def consent_export(app: App, id: str, approver: str | None, out: str | None) -> None:
     """A pending request as text, for an approver on another machine."""
     store = consent_store(app)
     row = still_pending(get_consent(store, id), clock())
-    write_text(app, out, store.write(lambda tx: build_case(tx, row["consent_id"], "export")))
+    person = person_named(newest_roster(store), approver) if approver else None
+    if approver and person is None:
+        raise NotFoundError(f"there is no approver {approver!r}", "see them with: grace approver list")
+    member = fingerprint(person) if person else None
+    write_text(app, out, store.write(lambda tx: build_case(tx, row["consent_id"], approver or "export", member)))
 
 
 @command("consent import", arg("file", metavar="FILE"))
@@ -7833,14 +8022,18 @@ REASON = opt("--reason", kind="note", required=True, help="Why, for whoever aske
 def consent_deny(app: App, id: str, reason: str) -> None:
     """Say no. It takes no passphrase, and is final."""
     store = consent_store(app)
-    show_consent(app, store, store.write(lambda tx: deny(tx, id, reason)))
+    row = store.write(lambda tx: deny(tx, id, reason))
+    pin_head(store)
+    show_consent(app, store, row)
 
 
 @command("consent withdraw", arg("id", "id"))
 def consent_withdraw(app: App, id: str) -> None:
     """Take back a request of your own that nobody has answered."""
     store = consent_store(app)
-    show_consent(app, store, store.write(lambda tx: withdraw(tx, id)))
+    row = store.write(lambda tx: withdraw(tx, id))
+    pin_head(store)
+    show_consent(app, store, row)
 
 
 @command("consent revoke", arg("id", "id", required=False), opt("--secret", "key", kind=SECRET_NAME, help="All that is open for this secret."),
@@ -7852,6 +8045,7 @@ def consent_revoke(app: App, id: str | None, key: str | None, action: str | None
     store = consent_store(app)
     rows = store.write(lambda tx: [revoke(tx, id, reason)] if id is not None else revoke_all(tx, str(key), action, reason))
     shred(store)
+    pin_head(store)
     if id is not None:
         show_consent(app, store, rows[0])
     else:
@@ -8045,7 +8239,7 @@ def audit_export(app: App) -> None:
     store = consent_store(app)
     roster = newest_roster(store)
     for person in roster["approvers"]:
-        write_json({"type": "approver", "name": person["name"], "fingerprint": fingerprint(person), "sign": person["sign"]})
+        write_json({"type": "approver", **{name: person[name] for name in ("name", "hpke", "sign")}})
     for row in all_leaves(store):
         write_json({"type": "leaf", "seq": row["seq"], "leaf": row["leaf"], "hash": row["hash"]})
     for signed in signed_heads(store):

@@ -387,6 +387,7 @@ CREATE INDEX intent_not_learned ON intent_records (seq) WHERE learned_from = 0 A
 CREATE INDEX worker_not_stopped ON workers (kind) WHERE stopped_at IS NULL;
 CREATE INDEX consent_open_until ON secret_consent_records (COALESCE(grant_expires_at, expires_at))
   WHERE consent_status IN ('pending', 'approved');
+CREATE INDEX audit_of_subject ON audit_log (json(leaf) ->> 'subject');
 CREATE INDEX consent_of_secret_key ON secret_consent_records (secret_key, seq);
 
 -- Refuse: steps between statuses that do not exist.

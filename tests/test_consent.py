@@ -8,19 +8,20 @@ SQLite libraries in one process would undo each other's locks.)
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import multiprocessing
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import stat
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ from typing import Any
 import apsw
 import pytest
 
-from tests.conftest import GRACE, LIMIT, Place, Result, alive, until
+from tests.conftest import GRACE, LIMIT, Place, Result, until
 from tests.test_cli import Terminal
 
 Row = dict[str, Any]
@@ -38,11 +39,13 @@ VALUES = {"test_api_key": b"TEST-value-7hq20-canary", "low": b"LOW-value-1zt55-c
           "critical": b"CRITICAL-value-0pk47-canary", "pair": b"PAIR-value-4mv19-canary"}  # fmt: skip
 CONSENT_KEYS = set("""consent_id secret_key secret_version secret_type service requested_by requested_for requested_action user_id risk_level mode code
     consent_status single_use used_count max_uses governance_approval_required governance_approved approvals requested_at expires_at approved_at denied_at
-    revoked_at grant_expires_at expired_reason approval_method denial_reason revocation_reason context observed""".split())
+    revoked_at grant_expires_at expired_reason approval_method denial_reason revocation_reason context observed""".split())  # noqa: SIM905
 REQUEST_EVENT_KEYS = set("""consent_id secret_key secret_type service requested_by requested_for requested_action user_id risk_level context
-    expires_in_seconds prompt_message""".split())
+    expires_in_seconds prompt_message""".split())  # noqa: SIM905
 INSTANT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 FORCE = "UPDATE secret_consent_records SET consent_status = 'approved', approved_at = 1, grant_expires_at = 9000000000000 WHERE consent_id = :id"
+UNLOCKED: dict[tuple[str, str], Any] = {}  # by vault and name, since every copy of a vault has the same keys
+STATES = "SELECT consent_id, consent_status, used_count FROM secret_consent_records"
 FORK = multiprocessing.get_context("fork")
 
 
@@ -82,7 +85,7 @@ class World:
 
     def __init__(self, place: Place, module: Any):
         self.place, self.m = place, module
-        self.call, self.ok, self.json, self.db = place.call, place.ok, place.json, place.db
+        self.db = place.db
         self.people: dict[str, Any] = {}
         self._stores: list[Any] = []
 
@@ -112,9 +115,15 @@ class World:
         return self.m.ask_for(self.vault(), spec)
 
     def person(self, name: str) -> Any:
-        """An unlocked approver; each is unlocked once in a test."""
+        """An unlocked approver, who has seen what his record says in this copy; stretching the passphrase is done once for all copies."""
         if name not in self.people:
-            self.people[name] = self.m.unlock(self.vault(), name, word_file(self.place.folder, name))
+            vault, key = self.vault(), (self.db.parent.name, name)
+            path = os.path.join(vault.folder, f"{name}.seen")
+            if key not in UNLOCKED:
+                UNLOCKED[key] = self.m.unlock(vault, name, word_file(self.place.folder, name))
+            person = copy.copy(UNLOCKED[key])
+            person.seen = self.m.Seen.of(path, vault.id, name, UNLOCKED[key].seen.key)
+            self.people[name] = person.meet(self.store.all(self.m.ROSTERS))
         return self.people[name]
 
     def review(self, consent_id: str, name: str) -> tuple[Any, Any]:
@@ -145,7 +154,47 @@ class World:
     def kinds(self, subject: str | None = None) -> list[str]:
         return [leaf["kind"] for leaf in self.leaves(subject)]
 
-    # -- real commands
+    # -- commands
+
+    def call(self, *words: str, stdin: bytes | None = None, env: dict[str, str] | None = None) -> Result:
+        """What `grace WORDS…` does, in a process of its own that is forked off this one: the program need not be loaded again."""
+        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            given.write(stdin or b"")
+            given.seek(0)
+            pid = os.fork()
+            if pid == 0:
+                self._become(list(words), [given.fileno(), out.fileno(), err.fileno()], {**self.place.environment, **(env or {})})
+            if not select.select([watched := os.pidfd_open(pid)], [], [], LIMIT)[0]:
+                os.kill(pid, signal.SIGKILL)
+            os.close(watched)
+            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            texts = [(file.seek(0), file.read())[1] for file in (out, err)]
+        return Result(subprocess.CompletedProcess(words, status, *texts))
+
+    def _become(self, words: list[str], files: list[int], environment: dict[str, str]) -> None:
+        status = 70
+        try:
+            for target, fd in enumerate(files):
+                os.dup2(fd, target)
+            sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), open(1, "w", closefd=False), open(2, "w", closefd=False)
+            os.environ.clear()
+            os.environ.update(environment)
+            os.chdir(self.place.folder)
+            self.m._last_id[:] = 0, "", 0
+            sys.argv = ["grace", *words]
+            status = self.m.call(words)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(status)
+
+    def ok(self, *words: str, stdin: bytes | None = None) -> Result:
+        done = self.call(*words, stdin=stdin)
+        assert done.status == 0, f"grace {' '.join(words)} ended {done.status}: {done.err}"
+        return done
+
+    def json(self, *words: str, stdin: bytes | None = None) -> Any:
+        return self.ok("--json", *words, stdin=stdin).json
 
     def as_(self, name: str) -> tuple[str, ...]:
         return "--approver", name, "--passphrase-file", word_file(self.place.folder, name)
@@ -777,6 +826,8 @@ def recorded(world: World, consent_id: str, signed: list[Row], seen: Row) -> Row
     """Grants stored as `consent approve` and `import` store them, without what their makers check before."""
     vault = world.vault()
     with world.m.refusals(world.store, consent_id, plain=False):
+        for item in signed:
+            world.m.shaped(item, world.m.SIGNED_SHAPE, "this text")
         row: Row = world.store.write(lambda tx: world.m.record_grants(tx, vault, consent_id, signed, seen))
     return row
 
@@ -856,7 +907,8 @@ def test_a_wrong_code_approves_nothing(team: World) -> None:
 def swapped(world: World, asking: Any, **fields: Any) -> tuple[Row, str]:
     """The attacker's request with other fields in the pending row, in canonical form; and its hash."""
     request = {**asking.request, **fields}
-    world.attack("UPDATE secret_consent_records SET request = :request WHERE consent_id = :id", request=world.m.canonical(request).decode(), id=asking.consent_id)
+    text = world.m.canonical(request).decode()
+    world.attack("UPDATE secret_consent_records SET request = :request WHERE consent_id = :id", request=text, id=asking.consent_id)
     return request, world.m.hash_of("request", request)
 
 
@@ -1042,7 +1094,6 @@ def test_more_uses_written_into_a_row_are_not_had(team: World) -> None:
     """max_uses and used_count edited: still one use at most."""
     asking = team.ask(mode="collect")
     team.approve(asking.consent_id, "anna")
-    row, grants = table_rows(team, asking.consent_id)
     team.attack("UPDATE secret_consent_records SET max_uses = 5")
     values = []
     for _ in range(3):
@@ -1050,7 +1101,6 @@ def test_more_uses_written_into_a_row_are_not_had(team: World) -> None:
             values.append(team.collect(asking.consent_id))
         team.attack("UPDATE secret_consent_records SET consent_status = 'approved', used_count = 0")
     assert len(values) <= 1 and team.kinds(asking.consent_id).count("secret.used") == len(values)
-    assert row and grants
 
 
 @pytest.mark.parametrize("end", ["used", "revoked", "expired"])
@@ -1214,10 +1264,11 @@ def steps_of(act: Callable[[int], int], points: int) -> list[int]:
 
 
 CONSISTENT = {
-    "a status has its approvals": """SELECT consent_id FROM secret_consent_records c WHERE consent_status IN ('approved', 'used') AND approval_method = 'approver'
-        AND NOT EXISTS (SELECT 1 FROM consent_grants g WHERE g.consent_id = c.consent_id)""",
-    "one leaf for each grant": """SELECT c.consent_id FROM secret_consent_records c WHERE
-        (SELECT COUNT(*) FROM consent_grants g WHERE g.consent_id = c.consent_id) <>
+    "a status has its approvals": """SELECT consent_id FROM secret_consent_records c
+        WHERE consent_status IN ('approved', 'used') AND approval_method = 'approver'
+          AND NOT EXISTS (SELECT 1 FROM consent_grants g WHERE g.consent_id = c.consent_id)""",
+    "one leaf for each grant": """SELECT c.consent_id FROM secret_consent_records c
+        WHERE (SELECT COUNT(*) FROM consent_grants g WHERE g.consent_id = c.consent_id) <>
         (SELECT COUNT(*) FROM audit_log WHERE json(leaf) ->> 'subject' = c.consent_id AND json(leaf) ->> 'kind' = 'consent.signed')""",
     "one leaf and one event for each use": """SELECT c.consent_id FROM secret_consent_records c WHERE used_count <>
         (SELECT COUNT(*) FROM audit_log WHERE json(leaf) ->> 'subject' = c.consent_id AND json(leaf) ->> 'kind' = 'secret.used')
@@ -1226,8 +1277,9 @@ CONSISTENT = {
         (SELECT COUNT(*) FROM audit_log WHERE json(leaf) ->> 'subject' = c.consent_id AND json(leaf) ->> 'kind' = 'consent.approved')""",
     "what is over keeps no key": """SELECT consent_id FROM secret_consent_records c WHERE consent_status IN ('used', 'denied', 'revoked', 'expired') AND
         (ephemeral IS NOT NULL OR EXISTS (SELECT 1 FROM consent_grants g WHERE g.consent_id = c.consent_id AND wrap IS NOT NULL))""",
-    "the status is the one of its last leaf": """SELECT c.consent_id FROM secret_consent_records c WHERE consent_status NOT IN ('pending', 'approved', 'used') AND
-        NOT EXISTS (SELECT 1 FROM audit_log WHERE json(leaf) ->> 'subject' = c.consent_id AND json(leaf) ->> 'kind' = 'consent.' || consent_status)""",
+    "the status is the one of its last leaf": """SELECT c.consent_id FROM secret_consent_records c
+        WHERE consent_status NOT IN ('pending', 'approved', 'used') AND NOT EXISTS (SELECT 1 FROM audit_log
+          WHERE json(leaf) ->> 'subject' = c.consent_id AND json(leaf) ->> 'kind' = 'consent.' || consent_status)""",
 }  # fmt: skip
 
 
@@ -1390,7 +1442,7 @@ class Model:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_random_sequences_release_only_what_the_model_allows(team: World, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_sequences_release_only_what_the_model_allows(team: World, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: PLR0915
     """Asking, approving, denying, withdrawing, revoking, using, time passing and kills: values come only out of approved consents, once."""
     chance, offset, real = random.Random(seed), FORK.Value("q", 0, lock=False), team.m.clock
     monkeypatch.setattr(team.m, "clock", lambda: real() + offset.value)
@@ -1524,7 +1576,7 @@ def test_identical_requests_are_answered_together(team: World) -> None:
     alike = [team.ask(mode="collect") for _ in range(3)]
     other = team.ask(mode="collect", purpose="something else")
     done = team.call("consent", "approve", alike[1].consent_id, *team.as_("anna"))
-    assert done.status == 0 and "2 identical requests" in done.err, done.err
+    assert done.status == 0 and done.err.count("AND an identical request") == 2, done.err
     assert [team.status(a.consent_id) for a in (*alike, other)] == ["approved"] * 3 + ["pending"]
     documents = {row[0] for row in team.fetch("SELECT document FROM consent_grants")}
     assert len(documents) == 3
@@ -1532,3 +1584,640 @@ def test_identical_requests_are_answered_together(team: World) -> None:
         assert team.collect(asking.consent_id) == VALUES["test_api_key"]
         assert team.kinds(asking.consent_id).count("consent.signed") == 1
     consistent(team)
+
+
+# ---- approval elsewhere
+
+
+class Elsewhere:
+    """Another machine: a home of its own with test_user's key file, and no database."""
+
+    def __init__(self, world: World, name: str = "test_user"):
+        self.world, self.folder = world, world.place.folder / "elsewhere"
+        self.folder.mkdir(mode=0o700)
+        self.environment = {"HOME": str(self.folder), "GRACE_DB": str(self.folder / "none" / "grace.db")}
+        world.ok("approver", "export", name, "--out", str(self.folder / "bundle"))
+        done = world.call("--json", "approver", "import", str(self.folder / "bundle"), env=self.environment)
+        assert done.status == 0 and done.json["name"] == name
+        self.word = word_file(world.place.folder, name)
+
+    def call(self, *words: str, stdin: bytes | None = None) -> Result:
+        return self.world.call(*words, "--passphrase-file", self.word, stdin=stdin, env=self.environment)
+
+    def file(self, name: str, content: Any) -> str:
+        path = self.folder / name
+        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        return str(path)
+
+
+def test_approval_on_another_machine(team: World) -> None:
+    """The key file and the text suffice: export, approve there, import here, and the waiting process gets its value."""
+    there = Elsewhere(team)
+    asking = team.get("test_api_key", "--user", "test_user")
+    (consent_id,) = team.pending()
+    code = team.json("consent", "show", consent_id)["code"]
+    case, answer = str(there.folder / "case"), str(there.folder / "answer")
+    team.ok("consent", "export", consent_id, "--out", case)
+    assert stat.S_IMODE(os.stat(case).st_mode) == 0o600
+    wrong = there.call("consent", "approve", "--in", case, "--out", answer, "--code", "0000-0000-0000")
+    assert wrong.status == 5 and not Path(answer).exists()
+    done = there.call("consent", "approve", "--in", case, "--out", answer, "--code", code)
+    assert done.status == 0 and "another machine" in done.err, done.err
+    assert VALUES["test_api_key"] not in Path(case).read_bytes() + Path(answer).read_bytes()
+    assert not (there.folder / "none").exists(), "no database is needed there"
+    assert team.json("consent", "import", answer)["consent_status"] == "approved"
+    assert end_of(asking)[:2] == (0, VALUES["test_api_key"])
+    again = team.call("consent", "import", answer)
+    assert again.status == 4 and again.out == ""
+    assert team.kinds(consent_id).count("consent.signed") == 1 and team.json("audit", "verify")["ok"] is True
+    consistent(team)
+
+
+def test_pipes_carry_request_and_approval(team: World) -> None:
+    """Without --out the texts go to stdout, and - reads them from stdin."""
+    there = Elsewhere(team)
+    asking = team.ask(mode="collect")
+    case = team.ok("consent", "export", asking.consent_id).raw_out
+    answer = there.call("consent", "approve", "--in", "-", stdin=case)
+    assert answer.status == 0 and answer.json["format"]
+    assert team.ok("consent", "import", "-", stdin=answer.raw_out)
+    assert team.collect(asking.consent_id) == VALUES["test_api_key"]
+    both = team.call("consent", "approve", "--in", "-", "--passphrase-file", "-", stdin=case, env=there.environment)
+    assert both.status == 2 and both.out == ""
+
+
+def test_an_approval_for_another_consent_is_refused(team: World) -> None:
+    """The block of one request under the id of another: exit 5, the cause in the log, nothing approved."""
+    there = Elsewhere(team)
+    one, two = team.ask(mode="collect"), team.ask(mode="collect", purpose="something else")
+    case = team.ok("consent", "export", one.consent_id).json
+    answer = there.call("consent", "approve", "--in", there.file("case", case)).json
+    done = team.call("consent", "import", there.file("other", {**answer, "consent_id": two.consent_id}))
+    assert done.status == 5 and done.out == ""
+    assert "vault.refused" in team.kinds()
+    assert (team.status(one.consent_id), team.status(two.consent_id)) == ("pending", "pending")
+    mixed = there.call("consent", "approve", "--in", there.file("mixed", {**case, "consent_id": two.consent_id}))
+    assert mixed.status == 5 and mixed.out == ""
+    late = team.ask(mode="collect", purpose="a third")
+    answer = there.call("consent", "approve", "--in", there.file("late", team.ok("consent", "export", late.consent_id).json))
+    team.ok("consent", "deny", late.consent_id, "--reason", "no")
+    done = team.call("consent", "import", there.file("answer", answer.raw_out))
+    assert done.status == 4 and team.status(late.consent_id) == "denied"
+
+
+def nested_changes(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """A document with each of its values changed, one at a time, down to the leaves of lists and objects, and its texts that hold JSON."""
+    if isinstance(value, dict):
+        for name in value:
+            yield from ((where, {**value, name: new}) for where, new in nested_changes(value[name], f"{path}.{name}"))
+            yield f"{path} without {name}", {key: item for key, item in value.items() if key != name}
+    elif isinstance(value, list):
+        yield f"{path} empty", []
+        for number, item in enumerate(value[:3]):
+            yield from ((where, [*value[:number], new, *value[number + 1 :]]) for where, new in nested_changes(item, f"{path}[{number}]"))
+    elif isinstance(value, str) and value.startswith("{"):
+        yield f"{path} no JSON", value[1:]
+        for where, new in nested_changes(json.loads(value), f"{path}:"):
+            yield where, json.dumps(new, sort_keys=True, separators=(",", ":"))
+    else:
+        yield path, byte_changed(value)
+
+
+def test_every_field_of_an_exported_request_is_bound(team: World) -> None:
+    """Whatever is changed in the text (but the counts of what was before): refused there or at the import, never an approval or a traceback."""
+    asking = team.ask("high", mode="collect")
+    team.approve(asking.consent_id, "gov")
+    case = team.ok("consent", "export", asking.consent_id).json
+    person, tried = team.person("test_user"), 0
+    for what, changed in nested_changes(case):
+        if what.startswith(".earlier.") or ".shares[" in what:
+            continue
+        try:
+            review = team.m.Review(person, team.m.parse_case(json.dumps(changed)), team.m.clock())
+            signed = [review.sign(group, team.m.clock()) for group in review.groups("user")]
+            recorded(team, asking.consent_id, signed, {})
+            pytest.fail(f"approved with {what} changed")
+        except team.m.GraceError:
+            tried += 1
+    assert tried > 100
+    mine = next(number for number, share in enumerate(case["shares"]) if share["member"] == person.keys.fingerprint)
+    for name in case["shares"][mine]:
+        shares = [{**share, name: byte_changed(share[name])} if number == mine else share for number, share in enumerate(case["shares"])]
+        with pytest.raises(team.m.GraceError):
+            review = team.m.Review(person, team.m.parse_case(json.dumps({**case, "shares": shares})), team.m.clock())
+            review.sign("user", team.m.clock())
+    assert team.status(asking.consent_id) == "pending"
+    review = team.m.Review(person, team.m.parse_case(json.dumps(case)), team.m.clock())
+    assert recorded(team, asking.consent_id, [review.sign("user", team.m.clock())], {})["consent_status"] == "approved"
+    assert team.collect(asking.consent_id) == VALUES["high"]
+
+
+def test_every_field_of_an_approval_is_bound(team: World) -> None:
+    """Whatever is changed in the text that comes back: the import refuses, or the value does not open; the true one still counts."""
+    there = Elsewhere(team)
+    asking = team.ask(mode="collect")
+    case = team.ok("consent", "export", asking.consent_id).json
+    answer = there.call("consent", "approve", "--in", there.file("case", case)).json
+    tried = 0
+    for what, changed in nested_changes(answer["grants"]):
+        if changed:
+            with pytest.raises(team.m.GraceError):
+                recorded(team, asking.consent_id, changed, {})
+        assert team.status(asking.consent_id) == "pending", what
+        tried += 1
+    assert tried > 15
+    for name in ("format", "consent_id", "grants"):
+        for block in ({**answer, name: byte_changed(answer[name])}, {key: value for key, value in answer.items() if key != name}):
+            done = team.call("consent", "import", there.file("changed", block))
+            assert done.status in (2, 3, 5) and done.out == "" and "Traceback" not in done.err, (name, done.err)
+    assert team.json("consent", "import", there.file("true", answer))["consent_status"] == "approved"
+
+
+SHAPED = {"format": "grace-approval/1", "consent_id": "x", "approver": "y", "grants": [{"document": "{", "wrap": "*", "signature": ""}]}
+GARBAGE = {"nothing": b"", "binary": bytes(range(256)), "no object": b"[1, 2]", "deep": b'{"format":' * 5000 + b"1" + b"}" * 5000,
+           "huge": b'"' + b"x" * (2 << 20) + b'"', "a number": b"9" * 9000, "twice": b'{"format": "grace-case/1", "format": "grace-case/1"}',
+           "lone": b'"\\ud800"', "other": b'{"format": "grace-approval/1"}', "shaped": json.dumps(SHAPED).encode()}  # fmt: skip
+
+
+@pytest.mark.parametrize("title", GARBAGE)
+def test_texts_of_garbage_are_refused(title: str, solo: World) -> None:
+    """Neither `approve --in`, nor `import`, nor `approver import` takes it, shows a traceback, or changes anything but the log."""
+    path = solo.place.folder / "garbage"
+    path.write_bytes(GARBAGE[title])
+    for words in (("consent", "import", str(path)), ("consent", "approve", "--in", str(path), *solo.as_("anna")), ("approver", "import", str(path))):
+        done = solo.call(*words, "--json")
+        assert done.status in (2, 3, 5) and done.out == "" and "Traceback" not in done.err, (words, done.err)
+        assert done.error["message"]
+    assert solo.fetch("SELECT COUNT(*) FROM consent_grants") == [(0,)]
+
+
+# ---- using
+
+
+@pytest.mark.parametrize(("via", "script"), [("env", 'printf %s "$S"'), ("fd", "cat <&$S"), ("stdin", "cat"), ("file", 'cat "$S"')])
+def test_a_command_gets_the_value(team: World, via: str, script: str) -> None:
+    """By each way, binary-safe but for env; with --json the document comes last and the output on stderr."""
+    done = team.place.ok("exec", "--secret", "S=low", "--via", via, "--", "sh", "-c", script)
+    assert done.raw_out == VALUES["low"]
+    done = team.place.ok("--json", "exec", "--secret", "S=low", "--via", via, "--", "sh", "-c", script)
+    assert done.raw_err == VALUES["low"] and done.json["exit_status"] == 0 and done.json["consents"][0]["consent_status"] == "used"
+    assert VALUES["low"].decode() not in done.out
+    big = bytes(range(256)) * 256
+    team.ok("secret", "set", "big", "--risk", "low", "--raw", stdin=big)
+    done = team.place.call("exec", "--secret", "S=big", "--via", via, "--", "sh", "-c", script)
+    if via == "env":
+        assert done.status == 125 and done.out == "" and "NUL" in done.err
+    else:
+        assert done.status == 0 and done.raw_out == big
+
+
+def test_several_secrets_and_their_actions(team: World) -> None:
+    """Each variable has its own secret; each secret its own consent, with its own action; one --via stdin only."""
+    process = team.place.start("exec", "--secret", "A=low", "--secret", "B=test_api_key:deploy", "--", "sh", "-c", 'printf "%s %s" "$A" "$B"')
+    (consent_id,) = team.pending()
+    shown = team.json("consent", "show", consent_id)
+    assert shown["requested_action"] == "deploy" and shown["requested_for"].startswith("run sh -c")
+    team.approve(consent_id, "anna")
+    assert end_of(process)[:2] == (0, VALUES["low"] + b" " + VALUES["test_api_key"])
+    assert {d["requested_action"] for d in team.json("consent", "history")} == {"deploy", "use"}
+    assert team.call("exec", "--secret", "A=low", "--secret", "B=low", "--via", "stdin", "--", "cat").status == 2
+    for odd in ("A", "1A=low", "GRACE_X=low", "A=", "A=low:", "A=lo w", "A=low:a b"):
+        done = team.call("exec", "--secret", odd, "--", "true")
+        assert done.status == (0 if odd == "A=low:" else 2), odd
+
+
+def test_one_denied_secret_of_two_and_the_command_never_runs(team: World) -> None:
+    """125; the other request is withdrawn; no value was released."""
+    process = team.place.start("exec", "--secret", "A=test_api_key", "--secret", "B=pair", "--", "touch", "ran")
+    first, second = team.pending(2)
+    team.ok("consent", "deny", first, "--reason", "no")
+    until(lambda: process.poll() is not None or team.status(second) != "pending" or team.call("consent", "deny", second, "--reason", "no"), "its end")
+    status, out, _ = end_of(process)
+    assert (status, out) == (125, b"") and not (team.place.folder / "ran").exists()
+    assert team.status(second) in ("denied", "revoked") and "secret.used" not in team.kinds()
+    assert team.json("consent", "pending") == []
+
+
+def test_exit_statuses_of_exec(team: World) -> None:
+    """The command's own, 128+n by a signal with --json, 125 for grace's own failures, 126 and 127 before anything is asked."""
+    (team.place.folder / "plain").write_text("no program")
+    for words, status in ((("sh", "-c", "exit 7"), 7), (("sh", "-c", "exit 125"), 125), (("no-such-program",), 127), (("./plain",), 126), (("/",), 126)):
+        for json_ in ((), ("--json",)):
+            done = team.call("exec", *json_, "--secret", "S=low", "--", *words)
+            assert done.status == status, (words, done.err)
+            assert not json_ or status in (126, 127) or done.json["exit_status"] == status
+    asked = len(team.json("consent", "history"))
+    assert team.call("exec", "--secret", "S=test_api_key", "--", "no-such-program").status == 127
+    assert len(team.json("consent", "history")) == asked
+    assert team.call("--json", "exec", "--secret", "S=low", "--", "sh", "-c", "kill -TERM $$").status == 143
+    assert team.call("exec", "--secret", "S=low", "--", "sh", "-c", "kill -TERM $$").status in (-15, 143)
+    for words in (("S=nothing",), ("S=test_api_key", "--timeout", "50ms")):
+        done = team.call("exec", "--secret", *words, "--", "touch", "ran")
+        assert done.status == 125 and done.out == "" and done.err.startswith("grace: ")
+    assert not (team.place.folder / "ran").exists()
+    assert team.call("exec", "--secret", "S=low").status == 2
+
+
+def test_a_value_is_in_no_argument_and_not_in_the_environment_of_grace(team: World) -> None:
+    """Looked for by the command itself, as root: in its parent's environment and arguments, in its own arguments, and without env in its own environment."""
+    script = """V=$(cat); for f in /proc/$PPID/environ /proc/$PPID/cmdline /proc/$$/cmdline /proc/$$/environ; do
+        grep -qF -- "$V" $f && echo "found in $f"; done; printf %s "${#V}\""""
+    done = team.ok("--json", "exec", "--secret", "S=low", "--via", "stdin", "--", "sh", "-c", script)
+    assert done.err == str(len(VALUES["low"])), done.err
+    script = 'grep -qF -- "$S" /proc/$PPID/environ /proc/$PPID/cmdline /proc/$$/cmdline; echo $?'
+    assert team.ok("--json", "exec", "--secret", "S=low", "--", "sh", "-c", script).err == "1\n"
+
+
+def test_a_value_inside_json_needs_reveal(team: World) -> None:
+    """Without --reveal a usage error before anything is asked; binary values come in base64."""
+    done = team.call("--json", "secret", "get", "low", "--action", "a", "--for", "b")
+    assert done.status == 2 and done.out == "" and team.json("consent", "history") == []
+    assert team.json("secret", "get", "low", "--action", "a", "--for", "b", "--reveal")["value"] == VALUES["low"].decode()
+    team.ok("secret", "set", "binary", "--risk", "low", "--raw", stdin=b"\xff\x00\n")
+    document = team.json("secret", "get", "binary", "--action", "a", "--for", "b", "--reveal")
+    assert (document["value"], document["value_base64"]) == (None, "/wAK")
+    assert team.ok("secret", "get", "binary", "--action", "a", "--for", "b").raw_out == b"\xff\x00\n"
+
+
+# ---- a full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a few megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m,mode=700", "tmpfs", str(folder)], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip(f"a file system may not be mounted here: {done.stderr.decode(errors='replace').strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def filled(folder: Path) -> Path:
+    """Use up all that is free, to the last block."""
+    ballast = folder / "ballast"
+    with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(b"x" * 4096):
+            pass
+    return ballast
+
+
+def no_room(world: World) -> bool:
+    """Write the smallest change; whether even that is refused."""
+    try:
+        world.store.write(lambda tx: world.m.record(tx, "test", "no room", {}))
+    except world.m.DatabaseError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("step", ["ask", "approve", "collect", "deny", "revoke", "export", "import"])
+def test_each_step_on_a_full_disk_fails_whole(team_ground: Place, small_disk: Path, step: str, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit 8 (125 for exec), no traceback, no value; afterwards nothing is half-done, and with room again the step succeeds."""
+    for world in made(team_ground, small_disk / "world", module, monkeypatch):
+        asking, other = world.ask(mode="collect"), world.ask(mode="collect", purpose="another")
+        answer = b""
+        if step == "import":
+            case = world.ok("consent", "export", asking.consent_id).raw_out
+            answer = world.call("consent", "approve", "--in", "-", *world.as_("anna"), stdin=case).raw_out
+        if step == "collect":
+            world.approve(asking.consent_id, "anna")
+        words = {"ask": ("consent", "request", "test_api_key", "--action", "a", "--for", "b"),
+                 "approve": ("consent", "approve", asking.consent_id, *world.as_("anna")),
+                 "collect": ("secret", "get", "test_api_key", "--action", "test_action", "--for", "b", "--consent", asking.consent_id),
+                 "deny": ("consent", "deny", asking.consent_id, "--reason", "no"), "revoke": ("consent", "revoke", asking.consent_id, "--reason", "no"),
+                 "export": ("consent", "export", other.consent_id), "import": ("consent", "import", "-")}[step]  # fmt: skip
+        before = world.fetch(STATES)
+        ballast = filled(small_disk)
+        while not no_room(world):
+            pass
+        done = world.call(*words, stdin=answer)
+        assert done.status == 8 and done.out == "" and "Traceback" not in done.err, (done.status, done.err)
+        assert [line[:7] for line in done.err.splitlines()[-2:]] == ["grace: ", "hint: f"]
+        ballast.unlink()
+        assert world.fetch(STATES) == before
+        consistent(world)
+        world.close()
+        again = world.call(*words, stdin=answer)
+        assert again.status == 0, again.err
+        assert (again.raw_out == VALUES["test_api_key"]) == (step == "collect")
+        consistent(world)
+
+
+@pytest.mark.parametrize("step", ["ask", "approve", "collect", "low"])
+def test_a_full_disk_under_the_key_files(team: World, small_disk: Path, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was seen cannot be written down, while the database could: the step is done whole, or not at all with exit 8; a use is not spent for nothing."""
+    asking = team.ask(mode="collect")
+    if step == "collect":
+        team.approve(asking.consent_id, "anna")
+    shutil.move(team.place.folder / ".config" / "grace", small_disk / "grace")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(small_disk))
+    team.place.environment["XDG_CONFIG_HOME"] = str(small_disk)
+    words = {"ask": ("consent", "request", "test_api_key", "--action", "a", "--for", "b"),
+             "approve": ("consent", "approve", asking.consent_id, *team.as_("anna")),
+             "collect": ("secret", "get", "test_api_key", "--action", "test_action", "--for", "b", "--consent", asking.consent_id),
+             "low": ("secret", "get", "low", "--action", "a", "--for", "b")}[step]  # fmt: skip
+    before = team.fetch(STATES)
+    ballast = filled(small_disk)
+    done = team.place.call(*words)
+    ballast.unlink()
+    assert "Traceback" not in done.err
+    if done.status == 0:
+        assert team.fetch(STATES) != before and done.raw_out
+    else:
+        assert done.status == 8 and done.out == "" and team.fetch(STATES) == before, (done.status, done.err)
+    consistent(team)
+    if step in ("collect", "low") and done.status:
+        assert team.place.call(*words).raw_out == VALUES["test_api_key" if step == "collect" else "low"]
+
+
+# ---- the person at the terminal
+
+PARTS = ["SEALED", "VERIFIED NOW", "REPORTED", "CLAIMED", "BEFORE"]
+
+
+def prompted(world: World, consent_id: str, *words: str, name: str = "anna", ask: str = "Type yes") -> Any:
+    """`consent approve` on a terminal, after the passphrase was typed, at its question."""
+    terminal = Terminal(world.place, "consent", "approve", consent_id, "--approver", name, *words, columns=200)
+    terminal.until("Passphrase of")
+    terminal.type(f"the sentence of {name}\n")
+    terminal.until(ask)
+    return terminal
+
+
+def test_the_prompt_shows_what_is_worth_most_first(team: World) -> None:
+    """Sealed, verified, reported, claimed, before; a typed yes approves; the passphrase is not echoed."""
+    asking = team.ask(mode="collect", user="anna")
+    terminal = prompted(team, asking.consent_id)
+    terminal.type("yes\n")
+    status, text = terminal.end()
+    assert status == 0 and team.status(asking.consent_id) == "approved", text
+    places = [text.index(part) for part in PARTS]
+    assert places == sorted(places) and "the sentence of" not in text
+    sealed, verified, reported, claimed, before = (text[a:b] for a, b in zip(places, [*places[1:], None]))  # noqa: B905
+    assert "test_api_key" in sealed and "medium" in sealed and team.m.code_of(team.m.hash_of("request", asking.request)) in sealed
+    assert f"process   {os.getpid()} of user {os.geteuid()}" in verified
+    assert "not verified" in reported and "program" in reported
+    assert '"tester"' in claimed and '"a test"' in claimed and '"test_action"' in claimed
+    assert "first time" in before
+    assert "first time" not in prompted_text(team, team.ask(mode="collect").consent_id)
+
+
+def prompted_text(world: World, consent_id: str, name: str = "anna") -> str:
+    """What the prompt says where there is no terminal, on stderr."""
+    done = world.call("consent", "approve", consent_id, *world.as_(name))
+    assert done.status == 0, done.err
+    return done.err
+
+
+@pytest.mark.parametrize(("typed", "status"), [("no\n", 5), ("\n", 5), ("y\n", 5), ("yes please\n", 5), ("\x04", 5), ("\x03", 130)])
+def test_anything_but_yes_is_a_no(team: World, typed: str, status: int) -> None:
+    """Another word, an empty line, Ctrl-D, Ctrl-C: nothing is signed, the request stays pending."""
+    asking = team.ask(mode="collect")
+    terminal = prompted(team, asking.consent_id)
+    terminal.type(typed)
+    assert terminal.end()[0] == status
+    assert team.status(asking.consent_id) == "pending" and "consent.signed" not in team.kinds()
+
+
+def test_what_was_typed_ahead_is_thrown_away(team: World) -> None:
+    """"yes" before the prompt, at the start and together with the passphrase, answers nothing."""
+    asking = team.ask(mode="collect")
+    terminal = Terminal(team.place, "consent", "approve", asking.consent_id, "--approver", "anna", columns=200)
+    terminal.type("yes\nyes\n")
+    terminal.until("Passphrase of")
+    terminal.type("the sentence of anna\nyes\nyes\n")
+    terminal.until("Type yes")
+    terminal.type("no\n")
+    assert terminal.end()[0] == 5
+    assert team.status(asking.consent_id) == "pending" and "consent.signed" not in team.kinds()
+
+
+def test_time_out_at_the_prompt_and_a_vanished_terminal_are_a_no(team: World) -> None:
+    """Nobody types until the request is over: nothing approved. The terminal is closed: nothing approved."""
+    asking = team.ask(mode="collect", ms=1500)
+    terminal = prompted(team, asking.consent_id)
+    assert terminal.end()[0] in (4, 5)
+    assert team.fetch("SELECT COUNT(*) FROM consent_grants") == [(0,)]
+    other = team.ask(mode="collect")
+    terminal = prompted(team, other.consent_id)
+    os.close(terminal.own_end)
+    assert terminal.process.wait(LIMIT) != 0
+    assert team.status(other.consent_id) == "pending"
+
+
+def test_high_risk_asks_for_the_code(team: World) -> None:
+    """"yes" is no answer there, nor a wrong code, also with a passphrase file; the code is."""
+    asking = team.ask("high", mode="collect")
+    code = team.m.code_of(team.m.hash_of("request", asking.request))
+    for typed in ("yes\n", "\n", f"{code[:-1]}{'0' if code[-1] != '0' else '1'}\n", "\x04"):
+        terminal = Terminal(team.place, "consent", "approve", asking.consent_id, *team.as_("gov"), columns=200)
+        terminal.until("Type the code")
+        terminal.type(typed)
+        assert terminal.end()[0] == 5
+    assert team.status(asking.consent_id) == "pending" and "consent.signed" not in team.kinds()
+    for name in ("gov", "test_user"):
+        terminal = prompted(team, asking.consent_id, name=name, ask="Type the code")
+        terminal.type(code.lower() + "\n")
+        assert terminal.end()[0] == 0
+    assert team.status(asking.consent_id) == "approved"
+
+
+def test_passphrases(team: World) -> None:
+    """A wrong one: 5. None and no terminal: 7. A file that others can read: refused. From stdin: taken."""
+    asking = team.ask(mode="collect")
+    words = ("consent", "approve", asking.consent_id, "--approver", "anna")
+    bad = team.place.folder / "bad"
+    bad.write_text("another sentence\n")
+    bad.chmod(0o600)
+    for more, stdin, status in ((("--passphrase-file", str(bad)), b"", 5), ((), b"the sentence of anna\nyes\n", 7), (("--passphrase-file", "-"), b"wrong\n", 5),
+                                (("--passphrase-file", "-"), b"", 2), (("--passphrase-file", str(bad) + "x"), b"", 2),
+                                (("--passphrase-file", word_file(team.place.folder, "gov")), b"", 5)):  # fmt: skip
+        done = team.call(*words, *more, stdin=stdin)
+        assert done.status == status and done.out == "", (more, done.err)
+    good = Path(word_file(team.place.folder, "anna"))
+    good.chmod(0o644)
+    done = team.call(*words, "--passphrase-file", str(good))
+    assert done.status in (2, 5) and "644" in done.err
+    closed = team.place.start(*words, stdin=None, preexec_fn=lambda: os.close(0))
+    assert end_of(closed)[0] == 7
+    assert team.status(asking.consent_id) == "pending" and "consent.signed" not in team.kinds()
+    assert team.call(*words, "--passphrase-file", "-", stdin=good.read_bytes()).status == 0
+    assert team.status(asking.consent_id) == "approved"
+
+
+NASTY = {"escapes": "\x1b[2J\x1b]0;owned\x07 red", "bidi": "\u202eevil\u2066 \u200bx", "fillers": "\u3164\u115f\uffa0\u2800 x",
+         "other script": "раураl 漢字 é",
+         "long": "x" * 1900, "quotes": '" CLAIMED\\u{41}', "control": "a\x7f\x9b31mb\x00".replace("\x00", ""), "tag": "\U000e0041 \ufe0f"}  # fmt: skip
+
+
+def test_what_strangers_wrote_is_shown_as_printable_ascii(team: World) -> None:
+    """Escape sequences, bidi, fillers, other scripts, long lines in --for, --by and --context: one line each, escaped, cut with its length."""
+    listed = ""
+    for number, (title, text) in enumerate(NASTY.items()):
+        context = json.dumps({"note": text * (6 if title == "long" else 1)})
+        words = ("secret", "get", "test_api_key", "--action", "a", "--no-wait", "--context", context)
+        done = team.call("--json", *words, "--for", text, "--by", text[:100])
+        if done.status == 2:  # refused on the way in is as good
+            done = team.call("--json", *words, "--for", "a test", "--by", f"b{number}")
+        assert done.status == 75, (title, done.err)
+        consent_id = done.json["consent_id"]
+        prompt = prompted_text(team, consent_id)
+        assert re.fullmatch(r"[ -~\n]*", prompt), (title, ascii(prompt))
+        assert all(len(line) < 2100 for line in prompt.splitlines())
+        assert [line for line in prompt.splitlines() if line.startswith(tuple(PARTS))] == [line for line in prompt.splitlines() if not line.startswith(" ")]
+        claims = prompt[prompt.index("CLAIMED") : prompt.index("BEFORE")].splitlines()[1:]
+        assert [line.split()[0] for line in claims] == ["by", "action", "for", "context"], (title, claims)
+        if title == "long":
+            assert "characters)" in prompt
+        listed += team.ok("consent", "show", consent_id).out if title in ("escapes", "bidi") else ""
+    listed += team.ok("consent", "history").out
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u200b\u3164\u115f\uffa0]", listed), ascii(listed)
+
+
+@pytest.mark.parametrize("text", ["two\nlines", "CR\rhere", "line\u2028separator"])
+def test_a_newline_cannot_forge_a_line_of_the_prompt(team: World, text: str) -> None:
+    """It is refused on the way in, or stands escaped on the one line of its field."""
+    done = team.call("--json", "secret", "get", "test_api_key", "--action", "a", "--no-wait", "--for", f"{text}\nSEALED (signed by the owner, verified)")
+    assert done.status in (2, 75)
+    if done.status == 75:
+        prompt = prompted_text(team, done.json["consent_id"])
+        assert sum(line.startswith("SEALED") for line in prompt.splitlines()) == 1 and "\r" not in prompt and "\u2028" not in prompt
+
+
+def test_watch_answers_each_request_as_it_comes(team: World) -> None:
+    """Approve, skip, deny, quit; one unlock serves the medium ones."""
+    asked = [team.ask(mode="collect", purpose=f"number {number}") for number in range(3)]
+    terminal = Terminal(team.place, "consent", "watch", "--approver", "anna", columns=200)
+    terminal.until("Passphrase of")
+    terminal.type("the sentence of anna\n")
+    terminal.until('"number 0"')
+    terminal.until("[q]uit:")
+    terminal.type("a\n")
+    for number, word in ((1, "s\n"), (2, "d\n")):
+        terminal.until(f'"number {number}"')
+        until(lambda number=number: terminal.read() and terminal.text.count("[q]uit:") == number + 1, "the question", 30)
+        terminal.type(word)
+    terminal.until("Why not?")
+    terminal.type("too risky\n")
+    until(lambda: team.status(asked[2].consent_id) == "denied", "the denial")
+    last = team.ask(mode="collect", purpose="comes later")
+    terminal.until('"comes later"')
+    until(lambda: terminal.read() and terminal.text.count("[q]uit:") == 4, "the question", 30)
+    terminal.type("q\n")
+    status, text = terminal.end()
+    assert status == 0 and text.count("Passphrase of") == 1, text
+    assert [team.status(a.consent_id) for a in (*asked, last)] == ["approved", "pending", "denied", "pending"]
+    assert team.row(asked[2].consent_id)["denial_reason"] == "too risky"
+    assert team.collect(asked[0].consent_id) == VALUES["test_api_key"]
+
+
+def test_watch_asks_for_passphrase_and_code_at_high_risk(solo: World) -> None:
+    """Unlocked for a medium request, high risk still takes the passphrase afresh and the code, for each of the two roles."""
+    medium, high = solo.ask(mode="collect"), solo.ask("high", mode="collect")
+    code = solo.m.code_of(solo.m.hash_of("request", high.request))
+    terminal = Terminal(solo.place, "consent", "watch", columns=200, env={"LOGNAME": "anna"})
+    seen = {"Passphrase of": 0, "[q]uit:": 0, "Type the code": 0}
+
+    def answer(part: str, text: str) -> None:
+        seen[part] += 1
+        until(lambda: terminal.read() and terminal.text.count(part) >= seen[part], f"{part} for the {seen[part]}. time", 30)
+        terminal.type(text)
+
+    answer("Passphrase of", "the sentence of anna\n")
+    answer("[q]uit:", "a\n")
+    until(lambda: solo.status(medium.consent_id) == "approved", "the medium one")
+    for _ in range(2):
+        answer("Passphrase of", "the sentence of anna\n")
+        answer("[q]uit:", "a\n")
+        answer("Type the code", f"{code}\n")
+    until(lambda: solo.status(high.consent_id) == "approved", "the high one")
+    terminal.type("\x03")
+    assert terminal.end()[0] == 130
+    assert solo.collect(high.consent_id) == VALUES["high"]
+
+
+def test_watch_without_a_terminal(team: World) -> None:
+    """Exit 7 for people; for programs one object a request, and no questions."""
+    done = team.call("consent", "watch", *team.as_("anna"))
+    assert done.status == 7 and done.out == ""
+    process = team.place.start("--json", "consent", "watch", "--approver", "anna")
+    asking = team.ask(mode="collect")
+    assert process.stdout is not None
+    assert json.loads(process.stdout.readline())["consent_id"] == asking.consent_id
+    process.terminate()
+    process.wait(LIMIT)
+    assert team.status(asking.consent_id) == "pending"
+
+
+def test_a_value_is_shown_on_a_terminal_only_with_reveal(team: World) -> None:
+    """Without it a usage error, before anything is asked; and the same while --json writes to one."""
+    for words in ((), ("--json",)):
+        status, text = Terminal(team.place, *words, "secret", "get", "low", "--action", "a", "--for", "b").end()
+        assert status == 2 and VALUES["low"].decode() not in text and "--reveal" in text
+    assert team.json("consent", "history") == []
+    status, text = Terminal(team.place, "secret", "get", "low", "--action", "a", "--for", "b", "--reveal").end()
+    assert status == 0 and text == VALUES["low"].decode()
+
+
+# ---- as a plain user
+
+
+def test_all_of_it_as_a_plain_user(module: Any) -> None:
+    """With nothing of root's view of /proc: ask, approve, use, deny, and a killed requester; other users' key files are refused."""
+    if os.geteuid() != 0 or not shutil.which("setpriv"):
+        pytest.skip("needs root and setpriv, to become somebody else")
+    folder = Path(tempfile.mkdtemp(prefix="grace-plain-", dir="/tmp"))
+    place = Place(folder)
+    plain = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", GRACE)
+
+    def call(*words: str, stdin: bytes = b"") -> Result:
+        return Result(subprocess.run([*plain, *words], input=stdin, capture_output=True, env=place.environment, cwd=folder, check=False, timeout=LIMIT))
+
+    def start(*words: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen([*plain, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=place.environment,
+                                   cwd=folder)  # fmt: skip
+        place.processes.append(process)
+        return process
+
+    try:
+        os.chown(folder, 65534, 65534)
+        word = Path(word_file(folder, "anna"))
+        os.chown(word, 65534, 65534)
+        if call("--version").status != 0:
+            pytest.skip("another user cannot run grace from here")
+        signer = ("--approver", "anna", "--passphrase-file", str(word))
+        assert call("config", "set", "vault.argon2_memory", "67108864").status == 0
+        assert call("init", "--name", "anna", *signer[2:]).status == 0
+        assert call("secret", "set", "token", "--owner", "anna", *signer[2:], stdin=VALUES["test_api_key"]).status == 0
+        script = 'for f in /proc/$PPID/environ /proc/$PPID/mem; do cat $f >/dev/null 2>&1 && echo "$f can be read"; done; printf %s "$T"'
+        command = start("--json", "exec", "--secret", "T=token", "--", "sh", "-c", script)
+        (one,) = until(lambda: call("--json", "consent", "pending").json, "the request")
+        done = call("--json", "consent", "approve", one["consent_id"], *signer)
+        assert done.status == 0, done.err
+        status, out, err = end_of(command)
+        assert status == 0 and json.loads(out)["exit_status"] == 0, err
+        assert VALUES["test_api_key"].decode() in err and "can be read" not in err
+        seen = call("--json", "consent", "show", one["consent_id"]).json["observed"]
+        assert seen["reported"]["uid"] == 65534 == seen["verified"][0]["uid"] and seen["verified"][0]["requester_is_approver_uid"] is True
+        killed = start("secret", "get", "token", "--action", "a", "--for", "b")
+        (two,) = until(lambda: call("--json", "consent", "pending").json, "the request")
+        killed.kill()
+        assert end_of(killed)[1] == b""
+        assert call("--json", "consent", "pending").json == []
+        assert call("consent", "approve", two["consent_id"], *signer).status == 4
+        assert call("audit", "verify").status == 0
+        (vault,) = (folder / ".config" / "grace").iterdir()
+        os.chown(vault / "anna.key", 0, 0)
+        os.chmod(vault / "anna.key", 0o644)
+        filed = call("--json", "consent", "request", "token", "--action", "a", "--for", "b").json
+        done = call("consent", "approve", filed["consent_id"], *signer)
+        assert done.status == 5 and done.out == "" and "belongs to user 0" in done.err
+        os.chown(vault / "machine.key", 0, 0)
+        assert call("consent", "request", "token", "--action", "a", "--for", "b").status == 5
+    finally:
+        place.close()
+        shutil.rmtree(folder)

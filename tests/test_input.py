@@ -7,10 +7,14 @@ standard input, bytes in argv or limits of its own is a real process.
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import json
 import os
 import re
 import resource
+import shutil
+import signal
 import sqlite3
 import subprocess
 import time
@@ -21,10 +25,12 @@ from typing import Any, NamedTuple
 import click
 import pytest
 
-from tests.conftest import GRACE, LIMIT, Place, load_module
+from tests.conftest import GRACE, LIMIT, Place, load_module, until
+from tests.test_cli import softened, waits_in_kernel
 
 TABLES = ("intent_records", "htm_tasks", "htm_task_attempts", "handlers", "settings", "events", "event_cursors", "task_dependencies", "outcome_records")
 HIDDEN = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+VAULT_TABLES = ("vault_rosters", "secret_entries", "secret_shares", "secret_consent_records", "consent_grants", "audit_anchors")
 NOT_HERE = {"daemon", "demo", "run"}  # they change signal handlers or descriptors, so they are called as processes
 
 
@@ -35,6 +41,20 @@ class Answer(NamedTuple):
 
 
 Caller = Callable[..., Answer]
+
+
+@functools.lru_cache(1000)
+def stretched(passphrase: bytes, kdf: str) -> bytes:
+    """The key of a passphrase; each is worked out once, since that is meant to take long."""
+    return bytes(STRETCH[0](passphrase, json.loads(kdf)))
+
+
+STRETCH: list[Callable[..., bytes]] = []
+
+
+def never(*words: Any) -> None:
+    """In the place of what would replace this very process."""
+    pytest.fail(f"a command would have been executed: {words}")
 
 
 @pytest.fixture
@@ -53,11 +73,17 @@ def inside(place: Place, module: Any, monkeypatch: pytest.MonkeyPatch, capsys: p
         return opened[-1]
 
     monkeypatch.setattr(module.App, "store", open_and_remember)
+    if not STRETCH:
+        STRETCH.append(module.stretch)
+    monkeypatch.setattr(module, "stretch", lambda passphrase, kdf: stretched(passphrase, json.dumps(kdf)))
+    for name in ("execve", "posix_spawn"):
+        monkeypatch.setattr(os, name, never)
 
     def run(*words: str | bytes) -> Answer:
         capsys.readouterr()
         try:
-            status = module.call([os.fsdecode(word) for word in words])
+            with softened(module):
+                status = module.call([os.fsdecode(word) for word in words])
         finally:
             for store in opened:
                 store.close()
@@ -85,6 +111,27 @@ def rows(place: Place) -> dict[str, int]:
     """How many rows each table has."""
     with contextlib.closing(sqlite3.connect(place.db)) as con:
         return {table: con.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0] for table in TABLES}
+
+
+def vault_state(place: Place) -> dict[str, Any]:
+    """All that the vault's rows and key files hold; of the log the kinds of its leaves."""
+    state: dict[str, Any] = {}
+    with contextlib.closing(sqlite3.connect(place.db)) as con:
+        for table in VAULT_TABLES:
+            state[table] = hashlib.sha256(repr(con.execute(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall()).encode()).hexdigest()
+        state["log"] = [kind for (kind,) in con.execute("SELECT json_extract(leaf, '$.kind') FROM audit_log ORDER BY seq")]
+    for file in sorted((place.folder / ".config").rglob("*")):
+        if file.is_file():
+            state[file.name] = file.read_bytes()
+    return state
+
+
+def check_vault_unchanged(before: dict[str, Any], after: dict[str, Any], what: str) -> None:
+    """A refused call changes nothing, but the log may tell of it: what does not verify, and what an approver was shown before he was refused."""
+    size = len(before["log"])
+    assert after["log"][:size] == before["log"] and set(after["log"][size:]) <= {"vault.refused", "consent.shown"}, f"{what}: {after['log'][size:]}"
+    changed = [name for name in {*before, *after} - {"log"} if before.get(name) != after.get(name)]
+    assert not changed, f"{what} was refused and yet changed {changed}"
 
 
 def message_of(err: str, as_json: bool) -> str:
@@ -132,8 +179,93 @@ def ground(place: Place, inside: Caller) -> dict[str, str]:
             "error": "it broke", "cmd": "true", "topic": "mine.own", "payload": "{}", "value": "1m", "intent": made["intent_id"]}  # fmt: skip
 
 
+# ---- a vault for the commands that need one
+
+VAULT_GOOD: dict[str, dict[str, str]] = {  # what makes each vault command succeed; what stands in braces is from `vaulted`
+    "init": {"name": "anna", "passphrase_file": "{anna}"}, "doctor": {}, "exec": {"secrets": "A=open", "cmd": "/no/such/program"},
+    "approver list": {}, "approver add": {"name": "carl", "role": "user", "new_passphrase_file": "{carl}", "approver": "anna", "passphrase_file": "{anna}"},
+    "approver remove": {"name": "ben", "approver": "anna", "passphrase_file": "{anna}"}, "approver export": {"name": "anna"},
+    "approver passwd": {"name": "anna", "new_passphrase_file": "{carl}", "passphrase_file": "{anna}"}, "approver import": {"file": "{bundle}"},
+    "secret set": {"key": "fresh", "value_file": "{value}", "owner": "anna", "passphrase_file": "{anna}"}, "secret list": {}, "secret show": {"key": "shop"},
+    "secret rotate": {"key": "shop", "value_file": "{value}", "owner": "anna", "passphrase_file": "{anna}"}, "secret history": {"key": "open"},
+    "secret reshare": {"key": "shop", "approver": "anna", "passphrase_file": "{anna}"}, "secret remove": {"key": "shop"},
+    "secret get": {"key": "open", "action": "use", "purpose": "a test", "reveal": "yes"}, "consent pending": {}, "consent stats": {}, "consent history": {},
+    "consent request": {"key": "shop", "action": "use", "purpose": "a test", "user": "anna"}, "consent show": {"id": "{pending}"},
+    "consent approve": {"id": "{pending}", "approver": "anna", "passphrase_file": "{anna}"}, "consent export": {"id": "{pending}"},
+    "consent import": {"file": "{approval}"}, "consent deny": {"id": "{pending}", "reason": "no"}, "consent withdraw": {"id": "{pending}"},
+    "consent revoke": {"id": "{approved}", "reason": "no"}, "consent wait": {"id": "{approved}"}, "audit list": {}, "audit export": {},
+    "consent watch": {"approver": "anna", "passphrase_file": "{anna}"}, "audit verify": {"approver": "anna", "passphrase_file": "{anna}"},
+    "audit anchor": {"approver": "anna", "passphrase_file": "{anna}"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def safe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """A vault of two approvers, one of them elsewhere, three secrets, and requests in several states; its `ids` are in a file."""
+    place = Place(tmp_path_factory.mktemp("safe"))
+    for name in ("anna", "ben", "carl", "value"):
+        (place.folder / name).write_text(f"what is in {name}\n")
+        (place.folder / name).chmod(0o600)
+    anna = ("--passphrase-file", "anna")
+    place.ok("config", "set", "vault.argon2_memory", "67108864")
+    place.handler("work", "--", "true")
+    place.ok("init", "--name", "anna", *anna)
+    for key, risk in (("open", "low"), ("shop", "medium"), ("grave", "high")):
+        place.ok("secret", "set", key, "--risk", risk, "--value-file", "value", *(anna if risk != "low" else ()))
+    ids = {what: place.json("consent", "request", key, "--action", "use", "--for", what, "--timeout", "1d")["consent_id"]
+           for what, key in (("pending", "shop"), ("approved", "shop"), ("serious", "grave"))}  # fmt: skip
+    place.ok("consent", "export", ids["pending"], "--out", "case")
+    place.ok("consent", "approve", "--in", "case", "--out", "approval", *anna)
+    place.ok("consent", "approve", ids["approved"], *anna)
+    place.ok("approver", "add", "ben", "--role", "user", "--role", "governance", "--new-passphrase-file", "ben", *anna)
+    place.ok("approver", "export", "ben", "--out", "bundle")
+    for file in place.folder.glob(".config/grace/*/ben.*"):
+        file.unlink()
+    (place.folder / "ids").write_text(json.dumps(ids))
+    yield place
+    place.close()
+
+
+def put_vault(source: Place, place: Place) -> None:
+    """The vault of `safe`, as it was made, in the place of whatever is there. Nobody may have the database open."""
+    for file in place.folder.glob("grace.db*"):
+        if file.is_file():
+            file.unlink()
+    for file in source.folder.glob("grace.db*"):
+        if not file.name.endswith("-shm"):
+            shutil.copy2(file, place.folder)
+    shutil.rmtree(place.folder / ".config", ignore_errors=True)
+    shutil.copytree(source.folder / ".config", place.folder / ".config")
+
+
+@pytest.fixture
+def vaulted(place: Place, safe: Place, inside: Caller) -> dict[str, str]:
+    """A copy of that vault, and what the good values of its commands are."""
+    put_vault(safe, place)
+    names = ("anna", "ben", "carl", "value", "case", "approval", "bundle")
+    for name in names:
+        shutil.copy2(safe.folder / name, place.folder)
+    (place.folder / "below" / "this").mkdir(parents=True)
+    os.chdir(place.folder / "below" / "this")  # so that ../../etc/passwd is a file of the test's own
+    return {**json.loads((safe.folder / "ids").read_text()), **{name: str(place.folder / name) for name in names}}
+
+
+def vault_call(words: tuple[str, ...], ground: dict[str, str], name: str | None = None) -> dict[str, list[Any]]:
+    """The values with which a vault command succeeds; without those that the parameter `name` excludes."""
+    values = {key: [ground.get(value[1:-1], value) if value.startswith("{") else value] for key, value in VAULT_GOOD[" ".join(words)].items()}
+    if words == ("consent", "approve") and name in ("in_file", "out"):
+        values = {**values, "in_file": [ground.get("case", "case")]}
+    if (words == ("consent", "approve") and name in ("in_file", "out")) or (words == ("consent", "revoke") and name in ("key", "action")):
+        del values["id"]
+    if words == ("consent", "revoke") and name == "action":
+        values["key"] = ["shop"]
+    return values
+
+
 def good_call(words: tuple[str, ...], command: click.Command, ground: dict[str, str]) -> dict[str, list[Any]]:
     """The values of the required parameters of a command, by name."""
+    if " ".join(words) in VAULT_GOOD:
+        return vault_call(words, ground)
     values: dict[str, list[Any]] = {}
     for param in command.params:
         name = param.name or ""
@@ -157,7 +289,7 @@ def argv_of(words: tuple[str, ...], command: click.Command, values: dict[str, li
     for param in command.params:
         if isinstance(param, click.Option):
             for value in values.get(param.name or "", []):
-                argv += [param.opts[-1], value]
+                argv += [param.opts[-1]] if param.is_flag else [param.opts[-1], value]
     for param in command.params:
         if isinstance(param, click.Argument):
             argv += (["--"] if param.name == "cmd" and values.get("cmd") else []) + list(values.get(param.name or "", []))
@@ -171,9 +303,9 @@ def hostile_parameters(command: click.Command) -> Iterator[click.Parameter]:
             yield param
 
 
-def check_refusal(answer: Answer, as_json: bool, what: str) -> str:
+def check_refusal(answer: Answer, as_json: bool, what: str, statuses: tuple[int, ...] = (2, 3, 4)) -> str:
     """An error's message, after checking that it is one."""
-    assert answer.status in (2, 3, 4), f"{what}: {answer}"
+    assert answer.status in statuses, f"{what}: {answer}"
     assert answer.out == "", what
     message = message_of(answer.err, as_json)
     assert message.strip(), what
@@ -188,7 +320,13 @@ def check_unchanged(place: Place, before: dict[str, int], answer: Answer, what: 
 
 
 def command_names() -> list[str]:
-    return [" ".join(words) for words in commands(load_module()) if words[0] not in NOT_HERE]
+    return [" ".join(words) for words in commands(load_module()) if words[0] not in NOT_HERE and " ".join(words) not in VAULT_GOOD]
+
+
+def vault_command_names() -> list[str]:
+    """Those that open the vault or ask for something in it: all that this round of commands has."""
+    groups = ("approver", "secret", "consent", "audit")
+    return [" ".join(words) for words in commands(load_module()) if words[0] in (*groups, "init", "doctor", "exec")]
 
 
 @pytest.mark.parametrize("path", command_names())
@@ -245,6 +383,335 @@ def test_missing_and_superfluous_words(path: str, place: Place, module: Any, ins
         assert answer.status == 2 and json.loads(answer.err)["error"]["code"] == "usage", argv
 
 
+REFUSED = (2, 3, 4, 5, 7)  # a vault command may also be denied, or lack a passphrase
+
+
+def parted(err: str, as_json: bool) -> tuple[str, str]:
+    """What an approver is shown, and the error that comes after it."""
+    place = err.find('{"error": ' if as_json else "grace: ") if not err.startswith("grace: ") else 0
+    return (err, "") if place < 0 else (err[:place], err[place:])
+
+
+def check_shown(shown: str, as_json: bool, what: str) -> None:
+    """The prompt is printable ASCII, and the notes before an answer are clean; with --json there is no such thing."""
+    assert not HIDDEN.search(shown), f"{what}: {shown!a}"
+    assert not as_json or not shown, f"{what}: with --json stderr holds {shown!r}"
+
+
+def vault_ground(path: str, request: pytest.FixtureRequest, place: Place, safe: Place, inside: Caller) -> tuple[dict[str, str], Callable[[], None]]:
+    """The good values, and a way back to the beginning; `init` begins without a vault."""
+    ground: dict[str, str] = request.getfixturevalue("vaulted")
+
+    def again() -> None:
+        put_vault(safe, place)
+        if path == "init":
+            for file in [*place.folder.glob("grace.db*")]:
+                file.unlink()
+            shutil.rmtree(place.folder / ".config")
+            assert inside("config", "set", "vault.argon2_memory", "67108864").status == 0
+
+    again()
+    return ground, again
+
+
+@pytest.mark.parametrize("path", vault_command_names())
+def test_any_value_for_any_parameter_of_the_vault(path: str, place: Place, safe: Place, module: Any, inside: Caller, request: pytest.FixtureRequest) -> None:
+    """Each parameter of each vault command takes each bad value, every time on the same vault: one clear line and nothing half-done, or a clean answer."""
+    words = tuple(path.split())
+    command = built(module, words)
+    assert inside(*words, "--help").status == 0
+    ground, again = vault_ground(path, request, place, safe, inside)
+    before, counts = vault_state(place), rows(place)
+    for param in hostile_parameters(command):
+        name = param.name or ""
+        for number, (title, value) in enumerate(HOSTILE.items()):
+            as_json = (number + len(name)) % 2 == 1 and path != "consent watch"  # with --json it would go on for ever
+            argv = argv_of(words, command, {**vault_call(words, ground, name), name: [value]})
+            what = f"{path} with {name} = {title}"
+            answer = inside(*(["--json", *argv] if as_json else argv))
+            if answer.status in (0, 1) or (path, answer.status) == ("consent wait", 6):
+                if as_json:
+                    json.loads(answer.out)
+                assert not HIDDEN.search(answer.out), f"{what}: {answer.out!a}"
+                check_shown(answer.err, as_json, what)
+                again()
+                before, counts = vault_state(place), rows(place)
+                continue
+            shown, error = parted(answer.err, as_json)
+            check_shown(shown, as_json, what)
+            message = check_refusal(Answer(answer.status, answer.out, error), as_json, what, (*REFUSED, 126, 127) if path == "exec" else REFUSED)
+            check_vault_unchanged(before, after := vault_state(place), what)
+            assert rows(place) == counts, f"{what} was refused and yet changed something"
+            before = after
+            if answer.status == 2 and value not in ("--", "-1", "-"):
+                assert any(text in message for text in names_of(param)), f"{what}: the field is not named in {message!r}"
+
+
+@pytest.mark.parametrize("path", vault_command_names())
+def test_missing_and_superfluous_words_of_the_vault(path: str, place: Place, safe: Place, module: Any, inside: Caller, request: pytest.FixtureRequest) -> None:
+    """Without its required words, with an unknown option, an option without its value, or one word too many, nothing happens."""
+    words = tuple(path.split())
+    command = built(module, words)
+    ground, _ = vault_ground(path, request, place, safe, inside)
+    before, counts = vault_state(place), rows(place)
+    good = vault_call(words, ground)
+    options = [param for param in command.params if isinstance(param, click.Option)]
+    wrong: list[list[str | bytes]] = [[*words, "--nonsense", *argv_of(words, command, good)[len(words):]], [*words, "--json=5"]]
+    wrong += [argv_of(words, command, {name: value for name, value in good.items() if name != param.name}) for param in command.params if param.required]
+    if not any(param.nargs == -1 for param in command.params):
+        wrong.append([*argv_of(words, command, good), *(["1"] * (len(command.params) - len(options) + 1))])
+    wrong += [[*words, param.opts[-1]] for param in options if not param.is_flag]
+    for argv in wrong:
+        for call in (argv, ["--json", *argv]):
+            answer = inside(*call)
+            assert answer.status == 2, (call, answer)
+            check_refusal(answer, call is not argv, str(call))
+    check_vault_unchanged({**before, "log": vault_state(place)["log"]}, vault_state(place), path)
+    assert vault_state(place)["log"] == before["log"] and rows(place) == counts
+
+
+@pytest.mark.parametrize("path", [path for path, values in VAULT_GOOD.items() if "passphrase_file" in values and path != "audit verify"])
+def test_without_a_passphrase(path: str, place: Place, safe: Place, module: Any, inside: Caller, request: pytest.FixtureRequest) -> None:
+    """Where neither a terminal nor a file gives it: exit 7, what to do about it, and nothing changed. A wrong one is 5."""
+    words = tuple(path.split())
+    command = built(module, words)
+    ground, _ = vault_ground(path, request, place, safe, inside)
+    before = vault_state(place)
+    good = vault_call(words, ground)
+    for as_json in (False, True) if path != "consent watch" else (False,):
+        argv = argv_of(words, command, {name: value for name, value in good.items() if name != "passphrase_file"})
+        answer = inside(*(["--json"] if as_json else []), *argv)
+        assert answer.status == 7, answer
+        check_refusal(answer, as_json, path, (7,))
+        assert ("hint" in answer.err) and (json.loads(answer.err)["error"]["hint"] if as_json else answer.err.count("\n") == 2)
+    if path not in ("init", "consent watch"):
+        answer = inside(*argv_of(words, command, {**good, "passphrase_file": [ground["ben"]]}))
+        assert "passphrase" in check_refusal(answer, False, path, (5,))
+    if "new_passphrase_file" in good:
+        answer = inside(*argv_of(words, command, {name: value for name, value in good.items() if name != "new_passphrase_file"}))
+        check_refusal(answer, False, path, (7,))
+    check_vault_unchanged(before, vault_state(place), path)
+
+
+@pytest.mark.parametrize("path", [path for path in VAULT_GOOD if path not in ("init", "doctor", "approver import")])
+def test_without_a_vault(path: str, place: Place, module: Any, vaulted: dict[str, str], inside: Caller) -> None:
+    """Every vault command says that there is none, and how to make one; nothing is made, and nothing asked before."""
+    for file in [*place.folder.glob("grace.db*")]:
+        file.unlink()
+    shutil.rmtree(place.folder / ".config")
+    words = tuple(path.split())
+    argv = argv_of(words, built(module, words), {**vault_call(words, vaulted), **({"cmd": ["true"]} if path == "exec" else {})})
+    for as_json in (False, True):
+        answer = inside(*(["--json"] if as_json else []), *argv)
+        assert answer.status == (125 if path == "exec" else 7), answer
+        check_refusal(answer, as_json, path, (7, 125))
+        assert "no vault" in answer.err and "grace init" in answer.err
+    assert not (place.folder / ".config").exists()
+    with contextlib.closing(sqlite3.connect(place.db)) as con:
+        assert [con.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0] for table in (*VAULT_TABLES, "audit_log")] == [0] * 7
+
+
+def test_every_vault_command_is_walked() -> None:
+    """The tables above know all of them."""
+    assert sorted(VAULT_GOOD) == sorted(vault_command_names())
+
+
+# ---- files that vault commands read
+
+
+PASSPHRASES: dict[str, tuple[bytes | None, int, tuple[int, ...]]] = {  # content or None for what is no plain file, mode, statuses
+    "empty": (b"", 0o600, (2,)), "only a line end": (b"\nanna\n", 0o600, (2,)), "binary": (bytes(range(256)), 0o600, (5,)), "NUL": (b"\0", 0o600, (5,)),
+    "not UTF-8": (b"\xff\xfe\n", 0o600, (5,)), "a line without an end": (b"x" * 3_000_000, 0o600, (2,)), "too long": (b"x" * 4097 + b"\n", 0o600, (2,)),
+    "Windows line end": (b"what is in anna\r\n", 0o600, (5,)), "open to all": (b"what is in anna\n", 0o644, (2,)),
+    "open to the group": (b"what is in anna\n", 0o640, (2,)), "writable for all": (b"what is in anna\n", 0o602, (2,)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("title", PASSPHRASES)
+def test_odd_passphrase_files(title: str, place: Place, vaulted: dict[str, str], inside: Caller) -> None:
+    """A file that holds no passphrase, another one, or that others may read: one line that never shows what is in it, and no change."""
+    data, mode, statuses = PASSPHRASES[title]
+    file = place.folder / "odd"
+    file.write_bytes(data or b"")
+    file.chmod(mode)
+    before = vault_state(place)
+    for words in (("consent", "approve", vaulted["pending"]), ("secret", "rotate", "shop", "--value-file", vaulted["value"]), ("audit", "anchor")):
+        answer = inside(*words, *(("--owner",) if words[0] == "secret" else ("--approver",)), "anna", "--passphrase-file", str(file))
+        message = check_refusal(answer, False, title, statuses)
+        assert "what is in" not in answer.err and (answer.status == 5 or message.startswith("--passphrase-file: ")) and len(message) < 300
+        check_vault_unchanged(before, vault_state(place), title)
+
+
+@pytest.mark.parametrize("option, words", [
+    ("--passphrase-file", ("consent", "approve", "{pending}", "--approver", "anna")), ("--passphrase-file", ("audit", "anchor", "--approver", "anna")),
+    ("--new-passphrase-file", ("approver", "passwd", "anna", "--passphrase-file", "{anna}")),
+    ("--value-file", ("secret", "set", "fresh", "--owner", "anna", "--passphrase-file", "{anna}")),
+    ("--value-file", ("secret", "set", "fresh", "--risk", "low")), ("FILE", ("approver", "import")), ("FILE", ("consent", "import")),
+    ("--in", ("consent", "approve", "--approver", "anna", "--passphrase-file", "{anna}")),
+])  # fmt: skip
+def test_files_of_the_vault_that_cannot_be_read(option: str, words: tuple[str, ...], place: Place, vaulted: dict[str, str], inside: Caller) -> None:
+    """Missing, a directory, a device without an end, a socket's name, no name at all: the usage error names the field; it takes neither long nor much."""
+    argv = [vaulted[word[1:-1]] if word.startswith("{") else word for word in words]
+    locked = place.folder / "locked"
+    locked.write_text("{}")
+    locked.chmod(0)
+    names = [str(place.folder / "missing"), str(place.folder), "/proc/self/mem", "x" * 300, "a\u202eb\x1b[31m", "", "/dev/null", "/dev/zero"]
+    names += [str(locked)] if os.geteuid() else []
+    before, began = vault_state(place), time.monotonic()
+    for name in names:
+        answer = inside(*argv, *([option] if option.startswith("--") else []), name)
+        message = check_refusal(answer, False, name, (2, 5) if name == "/dev/null" else (2,))  # an empty text is no exported request
+        assert message.startswith((f"{option}: ", "a value has", "refused: ")) and len(message) < 500, message
+        assert name.startswith("/dev/") or re.search(r"No such file|s a directory|Input/output|too long|Permission", message), message
+        check_vault_unchanged(before, vault_state(place), name)
+    assert time.monotonic() - began < LIMIT / 2
+
+
+VALUES: dict[str, tuple[bytes, tuple[str, ...], bytes | None]] = {  # content, options, what is stored (None: refused)
+    "nothing": (b"", (), None), "a line end": (b"\n", (), None), "a kept line end": (b"\n", ("--raw",), b"\n"), "one byte": (b"x", (), b"x"),
+    "binary": (bytes(range(256)), (), bytes(range(256))), "NUL": (b"\0", (), b"\0"), "two line ends": (b"a\n\n", (), b"a\n"),
+    "Windows": (b"a\r\n", (), b"a\r"), "full": (b"x" * 65536, (), b"x" * 65536), "full and a line end": (b"x" * 65536 + b"\n", (), b"x" * 65536),
+    "full and a kept line end": (b"x" * 65536 + b"\n", ("--raw",), None), "too much": (b"x" * 65537, (), None), "far too much": (b"x" * 3_000_000, (), None),
+    "two line ends too many": (b"x" * 65536 + b"\n\n", (), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("title", VALUES)
+def test_odd_values(title: str, place: Place, vaulted: dict[str, str], inside: Caller) -> None:
+    """1 byte to 64 KiB of anything come back byte for byte, one line end dropped unless --raw; anything else is refused and nothing kept."""
+    data, options, stored = VALUES[title]
+    file = place.folder / "odd"
+    file.write_bytes(data)
+    before = vault_state(place)
+    answer = inside("secret", "set", "fresh", "--risk", "low", "--value-file", str(file), *options)
+    if stored is None:
+        message = check_refusal(answer, False, title, (2,))
+        assert "64 KiB" in message
+        check_vault_unchanged(before, vault_state(place), title)
+        return
+    assert answer.status == 0, answer
+    read = place.call("secret", "get", "fresh", "--action", "use", "--for", "a test")
+    assert (read.status, read.raw_out, read.err) == (0, stored, "")
+    shown = place.json("secret", "get", "fresh", "--action", "use", "--for", "a test", "--reveal")
+    assert shown.get("value") == stored.decode() if stored.isascii() else shown["value"] is None and "value_base64" in shown
+
+
+TEXTS: dict[str, bytes] = {
+    "empty": b"", "blank": b" \n", "binary": bytes(range(256)) * 16, "not UTF-8": b'{"format":"\xff"}', "UTF-16": "{}".encode("utf-16"), "a list": b"[]",
+    "null": b"null", "a number": b"1", "nothing in it": b"{}", "deep lists": b"[" * 100_000, "deep objects": b'{"a":' * 10_000 + b"1" + b"}" * 10_000,
+    "another format": b'{"format":"grace-other/9"}', "huge": b'{"a":"' + b"x" * 3_000_000 + b'"}', "NaN": b'{"format":NaN}', "twice": b'{"a":1,"a":2}',
+    "two documents": b"{}{}", "a surrogate": b'{"format":"\\ud800"}', "NUL": b'{"format":"\\u0000"}', "control": b'{"format":"\\u001b[2J"}',
+    "half a bundle": b'{"format":"grace-approver/1","key":{}}', "an empty bundle": b'{"format":"grace-approver/1","key":{},"seen":{}}',
+    "half a case": b'{"format":"grace-case/1","consent_id":"x"}', "half an approval": b'{"format":"grace-approval/1","grants":[{}]}',
+    "no grants": b'{"format":"grace-approval/1","consent_id":"x","approver":"anna","grants":[]}',
+}  # fmt: skip
+READERS = (("approver", "import"), ("consent", "import"), ("consent", "approve", "--approver", "anna", "--passphrase-file", "{anna}", "--in"))
+
+
+@pytest.mark.parametrize("title", TEXTS)
+def test_texts_that_are_no_export(title: str, place: Place, vaulted: dict[str, str], inside: Caller) -> None:
+    """Any file in the place of an exported approver, request or approval: one short line, at once, and nothing of it is kept."""
+    file = place.folder / "odd"
+    file.write_bytes(TEXTS[title])
+    before, began = vault_state(place), time.monotonic()
+    for words in READERS:
+        for as_json in (False, True):
+            answer = inside(*(["--json"] if as_json else []), *(word.format(**vaulted) for word in words), str(file))
+            message = check_refusal(answer, as_json, f"{words}: {title}", (2, 5))
+            assert len(message) < 300, message
+    assert time.monotonic() - began < LIMIT / 2
+    check_vault_unchanged(before, vault_state(place), title)
+
+
+ODD_PARTS: tuple[Any, ...] = (None, True, 0, -1, 10**30, 1.5, "", "x", "\x1b[2J\u202e", "A" * 5000, [], {}, [None], {"x": None})
+
+
+def altered(document: Any) -> Iterator[tuple[str, Any]]:
+    """The document with each of its parts replaced by something else, left out, or joined by a stranger; signed texts within it, too."""
+    if isinstance(document, dict):
+        yield "+", {**document, "stranger": 1}
+        for key, value in document.items():
+            yield f"-{key}", {name: part for name, part in document.items() if name != key}
+            for other in ODD_PARTS:
+                if other != value:
+                    yield f"{key}={other!r:.20}", {**document, key: other}
+            for where, part in altered(value):
+                yield f"{key}.{where}", {**document, key: part}
+    elif isinstance(document, list) and document:
+        for where, part in altered(document[0]):
+            yield f"0.{where}", [part, *document[1:]]
+        yield "twice", [*document, document[0]]
+    elif isinstance(document, str) and document.startswith("{"):
+        inner = json.loads(document)
+        for number, (where, part) in enumerate(altered(inner)):
+            if number % 7 == 0:  # these are signed, so that a few tell as much as all
+                yield f"({where})", json.dumps(part, separators=(",", ":"), sort_keys=True)
+
+
+@pytest.mark.parametrize("words, name", [(words, name) for words, name in zip(READERS, ("bundle", "approval", "case"), strict=True)], ids=["bundle", "approval",
+                                                                                                                                       "case"])  # fmt: skip
+def test_exports_with_a_part_changed(words: tuple[str, ...], name: str, place: Place, safe: Place, vaulted: dict[str, str], inside: Caller) -> None:
+    """Whatever stands in the place of a part of an exported text, it is refused in one line, or is no part that matters; never a traceback."""
+    good = json.loads(Path(vaulted[name]).read_text())
+    file = place.folder / "odd"
+    before = vault_state(place)
+    for where, document in altered(good):
+        file.write_text(json.dumps(document))
+        answer = inside(*(word.format(**vaulted) for word in words), str(file))
+        shown, error = parted(answer.err, False)
+        check_shown(shown, False, where)
+        assert shown.isascii()
+        if answer.status == 0:
+            put_vault(safe, place)
+            before = vault_state(place)
+            continue
+        check_refusal(Answer(answer.status, answer.out, error), False, f"{name}: {where}", REFUSED)
+        check_vault_unchanged(before, after := vault_state(place), f"{name}: {where}")
+        before = after
+
+
+@pytest.mark.parametrize("option", ["--passphrase-file", "--value-file"])
+def test_a_pipe_that_nobody_writes_to(option: str, place: Place, vaulted: dict[str, str]) -> None:
+    """Reading from it waits, as with any program, and Ctrl-C ends that."""
+    pipe = place.folder / "pipe"
+    os.mkfifo(pipe, 0o600)
+    words = ("secret", "set", "fresh", "--owner", "anna", "--value-file", vaulted["value"], "--passphrase-file", vaulted["anna"])
+    process = place.start(*(str(pipe) if before == option else word for before, word in zip(("", *words), words, strict=False)))
+    until(lambda: "fifo" in Path(f"/proc/{process.pid}/wchan").read_text() or waits_in_kernel(process.pid), "the command to wait")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=LIMIT)
+    assert process.returncode == 130 and b"Traceback" not in err
+    assert place.call("secret", "show", "fresh").status == 3
+
+
+@pytest.mark.parametrize("title", HOSTILE)
+def test_hostile_text_in_the_vault_is_shown_escaped(title: str, place: Place, vaulted: dict[str, str], inside: Caller) -> None:
+    """Who asks, for what, whose service it is and why not, in any characters: listings escape them, prompts are ASCII, JSON has them as they were."""
+    text, anna = HOSTILE[title], ("--passphrase-file", vaulted["anna"])
+    stored = inside("secret", "set", "odd", "--owner", "anna", "--value-file", vaulted["value"], *anna, f"--service={os.fsdecode(text)}",
+                    f"--username={os.fsdecode(text)}", "--json")  # fmt: skip
+    if stored.status == 2:
+        assert title in ("empty", "five thousand", "not UTF-8", "half a character"), stored
+        return
+    shown = inside("secret", "show", "odd", "--json")
+    assert json.loads(shown.out)["service"] == text == json.loads(shown.out)["username"]
+    ids = []
+    for _ in range(2):
+        asked = inside("consent", "request", "odd", "--action", "use", f"--for={os.fsdecode(text)}", f"--by={os.fsdecode(text)}", "--json")
+        assert asked.status == 0, asked
+        ids.append(json.loads(asked.out)["consent_id"])
+        assert json.loads(inside("consent", "show", ids[-1], "--json").out)["requested_for"] == text
+    assert inside("consent", "deny", ids[0], f"--reason={os.fsdecode(text)}").status == 0
+    for words in ("consent pending", "consent history", "consent stats", f"consent show {ids[0]}", "secret list", "secret show odd", "secret history odd",
+                  "audit list", "doctor", "events", "status", "approver list"):  # fmt: skip
+        listed = inside(*words.split())
+        assert listed.status in (0, 1) and not HIDDEN.search(listed.out) and listed.err == "", (words, listed)
+    answer = inside("consent", "approve", ids[1], "--approver", "anna", f"--note={os.fsdecode(text)}", *anna)
+    assert answer.status == 0 and answer.err.isascii() and not HIDDEN.search(answer.err), answer
+    for words in ("consent history", f"consent show {ids[1]}", "audit list"):
+        assert not HIDDEN.search(inside(*words.split()).out), words
+
+
 @pytest.mark.parametrize("argv", [["nonsense"], [""], ["--nonsense"], ["handler"], ["handler", "nonsense"], ["handler", ""], ["events", "nonsense"],
                                   ["events", ""],
                                   ["--", "--"], ["--db"], ["task", "--", "list", "x"], ["submit-intnet", "x"], ["\x1b[31m"], [b"\xff"], ["-x"],
@@ -281,7 +748,7 @@ def duration_options(module: Any) -> Iterator[tuple[tuple[str, ...], click.Optio
 def test_durations_want_a_unit(place: Place, module: Any, inside: Caller, ground: dict[str, str]) -> None:
     """Every duration: a bare number, zero, a negative, more than ten years or no number is refused with a right example."""
     found = list(duration_options(module))
-    assert {"submit-intent", "handler", "intent", "task", "daemon"} <= {words[0] for words, _ in found}
+    assert {"submit-intent", "handler", "intent", "task", "daemon", "secret", "consent", "exec"} <= {words[0] for words, _ in found}
     before = rows(place)
     for words, option in found:
         command = built(module, words)
@@ -551,6 +1018,10 @@ PROCESSES: list[list[str | bytes]] = [
     ["daemon", "--workers", "0"], ["daemon", "--workers", "٣"], ["daemon", "--workers", "99999999999999999999"], ["daemon", "--grace-period", "5"],
     ["daemon", "--handler", "a b", "--once"], ["daemon", "--handler", "nobody", "--once"], ["daemon", "--once", "--drain"], ["daemon", "x"],
     ["demo", "x"], ["run", "--intent-id", b"\xff", "--", "true"], ["daemon", "--handler", b"\xff"],
+    ["run", "--secret", "x", "--", "true"], ["run", "--secret", "A=b:c d", "--", "true"], ["run", "--secret", "GRACE_DB=b", "--", "true"],
+    ["run", "--secret", "=b", "--", "true"], ["run", "--secret", b"A=\xff", "--", "true"], ["exec", "--secret", "A=b"], ["exec", "--", "true"],
+    ["exec", "--secret", "A=b", "--via", "mail", "--", "true"], ["exec", "--secret", "A=b", "--secret", "B=b", "--via", "stdin", "--", "true"],
+    ["exec", "--secret", "1A=b", "--", "true"], ["exec", "--secret", "A=../b", "--", "true"], ["exec", "--secret", "A=b", "--for", "", "--", "true"],
 ]  # fmt: skip
 
 

@@ -140,6 +140,22 @@ def test_plain_output_passes_the_scrubber_unchanged(module: Any) -> None:
     assert b"".join([*map(scrubber.feed, pieces), scrubber.feed(b"", last=True)]) == data
 
 
+@pytest.mark.parametrize("width", [16, 64, 76])
+def test_a_long_secret_in_wrapped_output(module: Any, width: int) -> None:
+    """A key of several lines is found plain, indented line by line, without its last line end, and in base64 of any width."""
+    body = base64.b64encode(random.Random(3).randbytes(1200)).decode()
+    value = "-----BEGIN KEY-----\n" + "\n".join(body[n : n + 64] for n in range(0, len(body), 64)) + "\n-----END KEY-----\n"
+    encoded = base64.b64encode(b"ab" + value.encode()).decode()
+    wrapped = "\n".join(encoded[n : n + width] for n in range(0, len(encoded), width))
+    indented = "".join(f"    {line}\n" for line in value.splitlines())
+    scrubber = module.Scrubber({"KEY": value.encode()})
+    data = f"{value}|{value.strip()}|{indented}|{wrapped}|the end\n".encode()
+    out = b"".join([*(scrubber.feed(data[at : at + 100]) for at in range(0, len(data), 100)), scrubber.feed(b"", last=True)]).decode()
+    assert out.endswith("|the end\n") and "[secret KEY]" in out
+    plain = "".join(out.split())
+    assert not any(body[n : n + 12] in plain or encoded[n + 8 : n + 20] in plain for n in range(0, 1100, 4))
+
+
 def test_a_secret_that_begins_like_another_one(module: Any) -> None:
     """Of two values that begin alike the longer one is taken out whole."""
     scrubber = module.Scrubber({"SHORT": b"abcd-1234", "LONG": b"abcd-1234-5678-9012"})
