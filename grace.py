@@ -1079,7 +1079,7 @@ SETTINGS: dict[str, tuple[str, int, str]] = {
     "bridge.repair_every": ("duration", MINUTE, "How often a daemon looks for broken links between intents and tasks."),
     "consent.grant_for": ("duration", 10 * MINUTE, "How long an approval waits to be used."),
     "consent.pause": ("duration", 5 * MINUTE, "How long a program that was denied three times in a row may not ask."),
-    "vault.argon2_memory": ("bytes", 256 << 20, "Memory that unlocking a new key file costs (64 MiB to 1 GiB)."),
+    "vault.argon2_memory": ("memory", 256 << 20, "Memory that unlocking a new key file costs (64 MiB to 1 GiB)."),
     "daemon.heartbeat_every": ("duration", 10 * SECOND, "How often a daemon writes that its loop goes on."),
 }
 GET_SETTING = "SELECT value FROM settings WHERE name = :name"
@@ -1102,8 +1102,9 @@ def parse_setting(name: str, text: str) -> int:
     """The value of a setting as people write it; ValueError with an example when it is not of its type."""
     if SETTINGS[name][0] == "duration":
         return parse_duration(text)
-    if not re.fullmatch(r"[0-9]{1,12}", text) or not 1024 <= int(text) <= 1 << 40:
-        raise ValueError("write a number of bytes between 1024 and 1099511627776, such as 1048576")
+    low, high = (64 << 20, 1 << 30) if SETTINGS[name][0] == "memory" else (1024, 1 << 40)
+    if not re.fullmatch(r"[0-9]{1,13}", text) or not low <= int(text) <= high:
+        raise ValueError(f"write a number of bytes between {low} and {high}, such as {max(low, 1 << 20)}")
     return int(text)
 
 
@@ -1345,6 +1346,14 @@ def program_name(pid: int) -> str:
         return "?"
 
 
+def program_path(pid: int) -> str | None:
+    """The file that a process executes; None where that may not be seen."""
+    try:
+        return os.fsencode(os.readlink(f"/proc/{pid}/exe")).decode(errors="backslashreplace")
+    except OSError:
+        return None
+
+
 def program_hash(pid: int) -> str | None:
     """SHA-256 of the file that a process executes; None where it may not be read."""
     import hashlib
@@ -1441,12 +1450,17 @@ def all_leaves(reader: Reader, after: int = 0) -> Iterator[Row]:
         after = rows[-1]["seq"]
 
 
+LEAF_FIELDS = {"seq": int, "at": int, "kind": str, "actor": str, "subject": str, "facts": dict, "previous": str}
+
+
 def odd_leaf(row: Row, size: int, head: str) -> str | None:
     """What is wrong with the leaf that should follow `size` leaves ending in `head`, or None."""
     try:
         leaf = parse_canonical(row["leaf"])
     except ValueError as error:
         return f"leaf {row['seq']} {error}"
+    if set(leaf) != set(LEAF_FIELDS) or not all(type(leaf[name]) is kind for name, kind in LEAF_FIELDS.items()):
+        return f"leaf {row['seq']} has not the shape of one"
     if row["seq"] != size + 1 or leaf.get("seq") != size + 1:
         return f"leaf {size + 1} is missing"
     if leaf.get("previous") != head:
@@ -1458,7 +1472,10 @@ def odd_leaf(row: Row, size: int, head: str) -> str | None:
 
 def stored_object(text: str) -> Row:
     """A stored JSON text for a listing, where nothing is verified; empty when somebody has put something else there."""
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
     return value if isinstance(value, dict) else {}
 
 
@@ -1467,7 +1484,7 @@ def leaf_document(row: Row) -> Row:
     leaf = stored_object(row["leaf"])
     at, facts = leaf.get("at"), leaf.get("facts")
     said = {name: str(leaf.get(name, "?")) for name in ("kind", "actor", "subject")}
-    return {"seq": row["seq"], "at": format_instant(at) if isinstance(at, int) else None, **said,
+    return {"seq": row["seq"], "at": format_instant(at) if type(at) is int else None, **said,
             "facts": facts if isinstance(facts, dict) else {}, "previous": leaf.get("previous"), "hash": row["hash"]}  # fmt: skip
 
 
@@ -1508,7 +1525,8 @@ class RefusedError(DeniedError):
     """Something stored does not verify."""
 
     def __init__(self, cause: str):
-        super().__init__(f"refused: {cause}", "see what happened: grace audit list")
+        restored = "after a restored copy: grace audit anchor --accept" if cause.startswith("rolled back") else ""
+        super().__init__(f"refused: {cause}", restored or "see what happened: grace audit list")
         self.cause = cause
 
 
@@ -1650,8 +1668,8 @@ def write_private(path: str, document: Row) -> None:
     """Write a file that only its owner reads, whole or not at all."""
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, mode=0o700, exist_ok=True)
-    beside = f"{path}.{os.getpid()}.new"
-    fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    beside = f"{path}.{os.urandom(8).hex()}.new"
+    fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
         with os.fdopen(fd, "wb") as file:
             file.write(canonical(document) + b"\n")
@@ -1858,7 +1876,7 @@ def rosters_until(rows: list[Row], vault_id: str, root: str, seen: tuple[int, st
         except ValueError as error:
             raise RefusedError(f"the roster {number} {error}") from None
         this = hash_of("roster", roster)
-        if roster.get("vault_id") != vault_id or roster.get("number") != number or (current is None and this != root):
+        if roster.get("vault_id") != vault_id or not number == roster.get("number") == row["number"] or (current is None and this != root):
             raise RefusedError(f"the roster {number} belongs to another vault")
         if current is not None and roster.get("previous") != hash_of("roster", current):
             raise RefusedError(f"the roster {number} does not follow the one before it")
@@ -1878,8 +1896,11 @@ def rosters_until(rows: list[Row], vault_id: str, root: str, seen: tuple[int, st
 
 def odd_change(before: Row, after: Row, signer: Row) -> str | None:
     """Why an approver may not have changed the list so, or None: nobody hands out a role that he does not hold himself."""
-    if after["machine"] != before["machine"]:
-        return "names another machine"
+    if after["machine"] != before["machine"] and set(signer["roles"]) != set(ROLES):
+        return f"names another machine, which takes both roles, and {signer['name']} holds one"
+    names = [person["name"].lower() for person in active(after)]
+    if len(set(names)) != len(names):
+        return "gives one name to two approvers"
     known = {fingerprint(person): person for person in before["approvers"]}
     for person in after["approvers"]:
         old = known.pop(fingerprint(person), None)
@@ -1924,8 +1945,7 @@ class Vault:
 
     LockedError before `grace init`, and where the machine's key is missing."""
 
-    def __init__(self, store: Store, accepting: bool = False):
-        """`accepting`: whoever opens it is to decide whether an older list of approvers counts again."""
+    def __init__(self, store: Store):
         self.store = store
         store.overwrite_deleted()
         self.id = store.value(GET_VAULT) or ""
@@ -1934,15 +1954,20 @@ class Vault:
         if not VAULT_ID.fullmatch(self.id):
             raise RefusedError("the vault's id is none")
         self.folder = vault_folder(self.id)
-        document = read_private(os.path.join(self.folder, "machine.key"), "the machine's key")
+        try:
+            document = read_private(os.path.join(self.folder, "machine.key"), "the machine's key")
+        except LockedError as error:
+            raise LockedError(error.message, "put it back, or let an approver make a new one: grace init --machine") from None
         if document.get("format") != MACHINE_FILE or document.get("vault_id") != self.id:
             raise DeniedError("the machine's key file belongs to another vault")
         self.machine = Keys(from_b64(document.get("private"), "the machine's key"))
         self.root = str(document.get("root"))
         self.seen = Seen.of(os.path.join(self.folder, "machine.seen"), self.id, "machine", derived(self.machine.private, "seen"))
-        self.rosters = rosters_until(store.all(ROSTERS), self.id, self.root, (0, "") if accepting else self.seen.roster)
+        self.rosters = rosters_until(store.all(ROSTERS), self.id, self.root, (0, ""))
         self.roster = self.rosters[-1]
-        if not accepting:
+        number, known = self.seen.roster
+        self.older = number > len(self.rosters) or (number > 0 and hash_of("roster", self.rosters[number - 1]) != known)
+        if not self.older:
             self.seen.learn(roster=self.roster_mark)
 
     @property
@@ -1950,8 +1975,8 @@ class Vault:
         return self.roster["number"], hash_of("roster", self.roster)
 
     def rolled_back(self, reader: Reader) -> bool:
-        """Whether the audit log is not what this machine has seen: only low-risk secrets open then."""
-        return not extends(reader, self.seen.audit)
+        """Whether the log or the list of approvers is not what this machine has seen: only low-risk secrets open then."""
+        return self.older or not extends(reader, self.seen.audit)
 
     def learn_head(self, header: Row | None = None) -> None:
         if not self.rolled_back(self.store):
@@ -1998,6 +2023,12 @@ HEADER_SHAPE: Fields = {
     "action_risks": (dict,), "owner": TEXT, "created": NUMBER, "suite": TEXT, "commitment": TEXT, "same_person": (bool,), "allow_standing": (bool,),
     "expires": MAYBE_NUMBER, "rotate_every": MAYBE_NUMBER, "rotate_with": MAYBE_TEXT, "policy": (dict,),
 }  # fmt: skip
+
+
+def fitting(header: Row) -> Row:
+    """Of an unverified header what a listing can show."""
+    shown = {name: value for name, value in header.items() if type(value) in HEADER_SHAPE.get(name, ())}
+    return {name: value for name, value in shown.items() if type(value) is not int or abs(value) < MAX_INSTANT}
 
 
 def shaped(value: Any, shape: Fields, what: str) -> Row:
@@ -2340,8 +2371,10 @@ def grant_of(text: str) -> Row:
 def filed_request(reader: Reader, row: Row, header: Row, sealed_hash: str, vault_id: str) -> Row:
     """The request of a consent's row: it fits the row, the header and the log; RefusedError otherwise."""
     request = checked_request(row["request"], header, sealed_hash, vault_id)
-    columns = (row["consent_id"], row["secret_key"], row["secret_version"], row["mode"], row["max_uses"])
-    if columns != (request["consent_id"], request["key"], request["version"], request["mode"], 1):
+    reported = request["reported"]
+    columns = (row["consent_id"], row["secret_key"], row["secret_version"], row["mode"], row["max_uses"], row["pid"], row["pid_started"], row["boot_id"])
+    said = (request["consent_id"], request["key"], request["version"], request["mode"], 1, *(reported.get(name) for name in ("pid", "started", "boot")))
+    if columns != said:
         raise RefusedError("the row of the request says something else than the request")
     check_story(reader, row["consent_id"], request)
     return request
@@ -2887,6 +2920,8 @@ def claim_parts(tx: Tx, vault: Vault, consent_id: str, keys: Keys | None, own_re
     grants = checked_grants(header, request, vault.roster, rows)
     if missing := missing_groups(header, request, grants):
         raise RefusedError(f"signatures of {' and '.join(missing)} are missing")
+    if header["expires"] is not None and tx.now >= header["expires"]:
+        raise RefusedError(f"{header['key']} has expired")
     if any(tx.now >= grant["expires"] for grant in grants):
         raise RefusedError("a grant has expired")
     if not all(leaf_is_there(tx, grant, row["consent_id"]) for grant in grants):
@@ -2934,9 +2969,18 @@ def observe(reported: Row, approver_uid: int) -> Row:
     ancestors: list[Row] = []
     above = parent_of(pid)
     while above > 1 and len(ancestors) < 8:
-        ancestors.append({"pid": above, "program": program_name(above), "exe": program_hash(above), "uid": owner_of(above)})
+        ancestors.append({"pid": above, "program": program_name(above), "path": program_path(above), "exe": program_hash(above),
+                          "uid": owner_of(above)})  # fmt: skip
         above = parent_of(above)
     return {"alive": True, "uid": uid, "requester_is_approver_uid": uid == approver_uid, "ancestors": ancestors}
+
+
+def quoted_lines(name: str, text: str) -> list[str]:
+    """A claimed text in quotes, in pieces that no terminal of 80 columns wraps, each marked as a part of it."""
+    shown = re.sub(r" {2,}", lambda match: f" \\u{{20}}x{len(match[0]) - 1} ", ascii_only(text).replace('"', '\\"'))
+    cut = [shown[at : at + 62] for at in range(0, len(shown), 62)]
+    return [f'  {"" if number else name:<9} {" " if number else chr(34)}{piece}{chr(34) if number == len(cut) - 1 else " .."}'
+            for number, piece in enumerate(cut)]  # fmt: skip
 
 
 def prompt_lines(review: Review, seen: Row, elsewhere: bool) -> list[str]:
@@ -2957,19 +3001,22 @@ def prompt_lines(review: Review, seen: Row, elsewhere: bool) -> list[str]:
     elif not seen["alive"]:
         lines += ["  the process that asked is not running" + (" (it left its request to be collected)" if request["mode"] == "collect" else "")]
     else:
-        lines += [f"  process   {reported['pid']} of user {seen['uid']}" + (" (your own user id)" if seen["requester_is_approver_uid"] else "")]
-        lines += [f"  below     {a['pid']} {ascii_only(a['program'], 40)} " + (f"sha256 {a['exe'][:16]}" if a["exe"] else "(its program may not be read)")
-                  for a in seen["ancestors"]]  # fmt: skip
+        lines += [f"  process   {reported['pid']} of user {seen['uid']} runs" + (" (your own user id)" if seen["requester_is_approver_uid"] else "")
+                  + "; only the code tells that it wrote this"]  # fmt: skip
+        for above in seen["ancestors"]:
+            known = f"sha256 {above['exe'][:16]}" if above["exe"] else "(its program may not be read)"
+            lines += [f"  below     {above['pid']} {ascii_only(above['path'] or above['program'], 40)} {known}"]
     lines += ["REPORTED by the requester's own process, not verified", f"  program   {ascii_only(str(reported.get('program')), 60)}",
               f"  folder    {ascii_only(str(reported.get('cwd')))}"]  # fmt: skip
     lines += [f"  task      {ascii_only(str(reported['task']))}"] if reported.get("task") else []
     lines += ["CLAIMED by the requester, anything may stand here"]
-    lines += [f'  {name:<9} "{ascii_only(str(claimed[name]))}"' for name in ("by", "action", "for", "user") if claimed.get(name)]
-    lines += [f'  context   "{ascii_only(claimed["context"])}"'] if claimed["context"] != "{}" else []
+    lines += [line for name in ("by", "action", "for", "user") if claimed.get(name) for line in quoted_lines(name, str(claimed[name]))]
+    lines += quoted_lines("context", claimed["context"]) if claimed["context"] != "{}" else []
     earlier = review.case["earlier"]
     history = ", ".join(f"{n} {ascii_only(status)}" for status, n in sorted(earlier.items()))
     history = history or "the first time that this requester asks for it"
-    return [*lines, "BEFORE" + (", as the other machine says" if elsewhere else ""), f"  {history}", f"  answer until {format_instant(request['answer_by'])}"]
+    teller = "the other machine" if elsewhere else "the database"
+    return [*lines, f"BEFORE, as {teller} says", f"  {history}", f"  answer until {format_instant(request['answer_by'])}"]
 
 
 # ---- shown to programs and people
@@ -7038,6 +7085,11 @@ def passphrase_file(source: str) -> bytes:
     return line
 
 
+def refuse_two_from_stdin(*sources: str | None) -> None:
+    if sources.count("-") > 1:
+        raise UsageError("two passphrases cannot both come from stdin", "name a file for one of them")
+
+
 def choose_approver(vault: Vault, name: str | None) -> str:
     """Who acts: as named, else the login user, else the only one whose key is here."""
     known = [person["name"] for person in active(vault.roster)]
@@ -7075,11 +7127,16 @@ def open_vault(app: App) -> tuple[Store, Vault]:
     return store, vault
 
 
-@command("init", opt("--name", kind=APPROVER_NAME, help="The first approver [default: the login name]."), PASSPHRASE)
-def init_command(app: App, name: str | None, passphrase_file: str | None) -> None:
+@command("init", opt("--name", kind=APPROVER_NAME, help="The first approver [default: the login name]."),
+         opt("--machine", is_flag=True, help="Make a new machine key for the vault that there is: when it was lost or stolen."), PASSPHRASE)  # fmt: skip
+def init_command(app: App, name: str | None, machine: bool, passphrase_file: str | None) -> None:
     """Make the vault: its id, this machine's key, and you as the first approver."""
     harden()
     store = app.store()
+    if machine:
+        document = renew_machine(store, name, passphrase_file)
+        app.show(document, lambda: write_out(f"a new machine key; sealed anew for it: {', '.join(document['resealed']) or 'nothing'}"))
+        return
     if store.value(GET_VAULT):
         raise ConflictError("this database has a vault already", "see its approvers: grace approver list")
     first = name or APPROVER_NAME.convert(login_name(), None, None)
@@ -7091,6 +7148,59 @@ def init_command(app: App, name: str | None, passphrase_file: str | None) -> Non
                   "back from a lost passphrase: keep it, or add a recovery approver with: grace approver add NAME --role user --role governance")  # fmt: skip
 
     app.show(done, plain)
+
+
+def renew_machine(store: Store, name: str | None, source: str | None) -> Row:
+    """A new key for this machine, on a list signed by an approver of both roles; what the old one had sealed is sealed anew."""
+    vault_id = store.value(GET_VAULT) or ""
+    if not VAULT_ID.fullmatch(vault_id):
+        raise LockedError("there is no vault yet", "make one: grace init")
+    folder = vault_folder(vault_id)
+    here = sorted(file.removesuffix(".key") for file in os.listdir(folder) if file.endswith(".key") and file != "machine.key") if os.path.isdir(folder) else []
+    if name is None and len(here) != 1:
+        raise UsageError("which approver?" if here else f"no approver's key is in {folder}",
+                         "name one with --name" if here else "install it: grace approver import FILE")  # fmt: skip
+    who = name or here[0]
+    typed = passphrase(source, who)
+    with refusals(store, who, plain=False):
+        person = Approver(who, folder, vault_id, typed).meet(store.all(ROSTERS))
+        if not extends(store, person.seen.audit):
+            raise RefusedError("rolled back: the audit log is not the one that this approver has seen")
+        before, keys = person.roster, Keys.new()
+        roster = new_roster(before, before["approvers"], keys.public, vault_id, person.keys.fingerprint, clock())
+        if problem := odd_change(before, roster, person_named(before, who) or {}):
+            raise DeniedError(f"the new list {problem}", "let an approver with both roles do it: --name NAME")
+        resealed = [resealed_low(store, entry, person, keys, roster) for entry in store.all(CURRENT_SECRETS)
+                    if stored_object(entry["header"]).get("owner") == fingerprint(before["machine"])]  # fmt: skip
+
+    def put(tx: Tx) -> None:
+        if tx.value("SELECT MAX(number) AS n FROM vault_rosters") != before["number"]:
+            raise ConflictError("the approvers were changed meanwhile", "try again")
+        put_roster(tx, roster, person.keys)
+        record(tx, "machine.replaced", vault_id, {"by": who, "fingerprint": keys.fingerprint})
+        for made in resealed:
+            store_version(tx, made, "reshared", None)
+        anchor(tx, person)
+
+    store.write(put)
+    mark, head = (roster["number"], hash_of("roster", roster)), audit_head(store)
+    write_private(os.path.join(folder, "machine.key"), {"format": MACHINE_FILE, "vault_id": vault_id, "root": person.root, "private": b64(keys.private)})
+    seen = Seen.begin(os.path.join(folder, "machine.seen"), vault_id, "machine", derived(keys.private, "seen"), mark, head)
+    seen.secrets = {**person.seen.secrets}
+    seen.save()
+    person.seen.learn(mark, head)
+    for made in resealed:
+        seen.learn(header=made["header"], machine=keys.fingerprint)
+    return {"vault_id": vault_id, "machine": keys.fingerprint, "signed_by": who, "resealed": [made["header"]["key"] for made in resealed],
+            "machine_key_file": os.path.join(folder, "machine.key")}  # fmt: skip
+
+
+def resealed_low(store: Store, entry: Row, person: Approver, machine: Keys, roster: Row) -> Row:
+    """A secret of low risk, opened with the approver's own part and sealed by another machine key."""
+    header = check_seal(entry["header"], sha256(bytes(entry["sealed"])), bytes(entry["signature"]), person.vault_id, person.roster)
+    shares = store.all(SHARES_OF, key=entry["secret_key"], version=entry["version"])
+    value = open_value(header, bytes(entry["sealed"]), own_shares(person.keys, entry, header, shares))
+    return seal(machine, next_header(person.vault_id, roster, header["key"], header, entry["version"] + 1, {}, clock()), value, roster)
 
 
 def person_document(vault: Vault, person: Row) -> Row:
@@ -7120,6 +7230,7 @@ def approver_add(app: App, name: str, role: tuple[str, ...], new_passphrase_file
     store, vault = open_vault(app)
     if any(person["name"].lower() == name.lower() for person in active(vault.roster)):
         raise ConflictError(f"there is an approver {name} already")
+    refuse_two_from_stdin(passphrase_file, new_passphrase_file)
     signer = unlock(vault, choose_approver(vault, approver), passphrase_file)
     held = (person_named(vault.roster, signer.name) or {"roles": []})["roles"]
     if not set(role) <= set(held):
@@ -7165,8 +7276,9 @@ def approver_remove(app: App, name: str, approver: str | None, passphrase_file: 
     if person is None:
         raise NotFoundError(f"there is no approver {name!r}", "see them with: grace approver list")
     mine, opens, keeps = fingerprint(person), [], []
-    for entry in store.all(CURRENT_SECRETS):
-        header = vault.checked(store, entry)
+    with refusals(store, name, plain=False):
+        headers = [vault.checked(store, entry) for entry in store.all(CURRENT_SECRETS)]
+    for header in headers:
         keeps += [hash_of("header", header)] if header["owner"] == mine else []
         groups = [group for group in header["policy"]["all"] if mine in group["members"]]
         opens += [header["key"]] if groups else []
@@ -7205,6 +7317,7 @@ def approver_passwd(app: App, name: str | None, new_passphrase_file: str | None,
     """Change an approver's passphrase. Copies of the old key file still open with the old one."""
     store, vault = open_vault(app)
     name = choose_approver(vault, name)
+    refuse_two_from_stdin(passphrase_file, new_passphrase_file)
     path = os.path.join(vault.folder, f"{name}.key")
     document = read_private(path, f"the key of {name}")
     keys, seen_key = unlocked_keys(document, passphrase(passphrase_file, name))
@@ -7221,6 +7334,8 @@ def approver_export(app: App, name: str, out: str | None) -> None:
     """The key file of an approver, still locked by his passphrase, and what he has seen: to carry to another machine."""
     _, vault = open_vault(app)
     name = choose_approver(vault, name)
+    vault.store.write(lambda tx: record(tx, "approver.exported", name, {"uid": os.geteuid()}))
+    vault.learn_head()
     bundle = {"format": "grace-approver/1", "key": read_private(os.path.join(vault.folder, f"{name}.key"), f"the key of {name}"),
               "seen": read_private(os.path.join(vault.folder, f"{name}.seen"), f"the record of {name}")}  # fmt: skip
     write_text(app, out, bundle)
@@ -7317,6 +7432,19 @@ def read_value(source: str | None, raw: bool, passphrase_source: str | None, key
     return value
 
 
+def gone_header(vault: Vault, entry: Row | None, options: Row) -> Row | None:
+    """The header of a value that was removed, if it is the one that was seen last: a new value is not sealed with less than it had."""
+    if entry is None or not vault.was_owned(vault.store, entry["secret_key"]):
+        return None
+    with contextlib.suppress(RefusedError, ValueError):
+        header = shaped(parse_canonical(entry["header"]), HEADER_SHAPE, "a header")
+        if not odd_policy(header["policy"]) and vault.seen.secrets.get(entry["secret_key"], [0, ""])[:2] == [entry["version"], hash_of("header", header)]:
+            return header
+    if options.get("risk") and options.get("policy"):
+        return None
+    raise UsageError(f"what {entry['secret_key']} was sealed with before it was removed is not known any more", "say it anew: --risk and --policy")
+
+
 def refuse_takeover(approver: Approver, before: Row | None) -> None:
     """A new version comes from whoever sealed the last one, or from one of its users."""
     mine = approver.keys.fingerprint
@@ -7324,21 +7452,23 @@ def refuse_takeover(approver: Approver, before: Row | None) -> None:
         raise DeniedError(f"{approver.name} neither owns {before['key']} nor is one of its users", "let one of them store it: --owner NAME")
 
 
-def say_holders(vault: Vault, fields: Row) -> None:
-    """Who will hold parts of the key, before it is sealed for them."""
+def say_holders(app: App, vault: Vault, fields: Row) -> None:
+    """Tell a person who will hold parts of the key, before it is sealed for them."""
+    if app.json:
+        return
     for group in fields["policy"]["all"]:
         names = [str((person_of(vault.roster, member) or {"name": "this machine"})["name"]) for member in group["members"]]
         sys.stderr.write(f"grace: {fields['key']} ({fields['risk']}) is sealed for {group['group']}, {group['threshold']} of: {', '.join(names)}\n")
 
 
-def seal_next(vault: Vault, key: str, value: bytes, options: Row, owner: str | None, source: str | None, kind: str) -> Row:
+def seal_next(app: App, vault: Vault, key: str, value: bytes, options: Row, owner: str | None, source: str | None, kind: str) -> Row:
     """Seal a new version: low risk by the machine, anything else by an approver, whose passphrase that takes."""
     store = vault.store
     entry = store.one(NEWEST_VERSION, key=key)
     with refusals(store, key, plain=False):
         if vault.seen.ahead_of(key, entry):
             raise RefusedError(f"rolled back: a newer version of {key} was seen before")
-        before = vault.current(store, key)[1] if entry and entry["sealed"] is not None else None
+        before = vault.current(store, key)[1] if entry and entry["sealed"] is not None else gone_header(vault, entry, options)
     try:
         fields = next_header(vault.id, vault.roster, key, before, entry["version"] + 1 if entry else 1, options, clock())
     except ValueError as error:
@@ -7352,9 +7482,11 @@ def seal_next(vault: Vault, key: str, value: bytes, options: Row, owner: str | N
         approver = unlock(vault, choose_approver(vault, owner), source)
         with refusals(store, key, plain=False):
             if approver.seen.ahead_of(key, entry) or (before and approver.seen.odd_version(before)):
+                if (store.one(NEWEST_VERSION, key=key) or {"version": 0})["version"] > (entry or {"version": 0})["version"]:
+                    raise ConflictError(f"{key} was changed meanwhile", "try again")
                 raise RefusedError(f"rolled back: {approver.name} has seen another version of {key}")
         refuse_takeover(approver, before)
-        say_holders(vault, fields)
+        say_holders(app, vault, fields)
         made = seal(approver.keys, fields, value, vault.roster)
         stored = store.write(lambda tx: store_version(tx, made, kind, approver))
         approver.learn(audit_head(store), made["header"])
@@ -7366,9 +7498,10 @@ def seal_next(vault: Vault, key: str, value: bytes, options: Row, owner: str | N
 def secret_document(vault: Vault, entry: Row) -> Row:
     """A version of a secret without its value."""
     try:
-        header, verified = vault.checked(vault.store, entry), True
+        header = vault.checked(vault.store, entry)
+        verified = not (vault.seen.odd_version(header) or vault.seen.ahead_of(header["key"], vault.store.one(NEWEST_VERSION, key=header["key"])))
     except RefusedError:
-        header, verified = stored_object(entry["header"]), False
+        header, verified = fitting(stored_object(entry["header"])), False
     owner = (
         "machine"
         if header.get("owner") == fingerprint(vault.roster["machine"])
@@ -7396,7 +7529,7 @@ def secret_set(app: App, key: str, value_file: str | None, raw: bool, owner: str
     _, vault = open_vault(app)
     value = read_value(value_file, raw, passphrase_file, key)
     options.update(action_risks=dict(action_risk) or None, expires=clock() + expires_ms if expires_ms else None)
-    show_secret(app, seal_next(vault, key, value, options, owner, passphrase_file, "stored"))
+    show_secret(app, seal_next(app, vault, key, value, options, owner, passphrase_file, "stored"))
 
 
 @command(
@@ -7411,7 +7544,7 @@ def secret_rotate(app: App, key: str, owner: str | None, value_file: str | None,
     store, vault = open_vault(app)
     with refusals(store, key, plain=False):
         vault.current(store, key)
-    show_secret(app, seal_next(vault, key, read_value(value_file, raw, passphrase_file, key), {}, owner, passphrase_file, "rotated"))
+    show_secret(app, seal_next(app, vault, key, read_value(value_file, raw, passphrase_file, key), {}, owner, passphrase_file, "rotated"))
 
 
 @command("secret reshare", arg("key", SECRET_NAME), opt("--policy", kind=Checked("policy", parse_policy), help="Another policy from now on."),
@@ -7433,6 +7566,8 @@ def secret_reshare(app: App, key: str, policy: list[Row] | None, approver: tuple
         short = [g["group"] for g in before["policy"]["all"] if len(parts.get(g["group"], {})) < g["threshold"]]
         if short:
             raise DeniedError(f"{key} needs more approvers of {' and '.join(short)} to be opened", "name them: --approver NAME --approver NAME")
+        opened_by = {"version": before["version"], "by": [person.name for person in people], "for": "reshare"}
+        store.write(lambda tx: record(tx, "secret.opened", key, opened_by))
         value = open_value(before, bytes(entry["sealed"]), parts)
     low = before["risk"] == "low"
     try:
@@ -7442,7 +7577,7 @@ def secret_reshare(app: App, key: str, policy: list[Row] | None, approver: tuple
     if not low and not policy:
         fields["policy"] = reshared_policy(before, vault.roster)
     refuse_takeover(people[0], before)
-    say_holders(vault, fields)
+    say_holders(app, vault, fields)
     made = seal(vault.machine if low else people[0].keys, fields, value, vault.roster)
     stored = store.write(lambda tx: store_version(tx, made, "reshared", people[0]))
     people[0].learn(audit_head(store), made["header"])
@@ -7743,6 +7878,7 @@ def show_consent(app: App, store: Store, row: Row) -> None:
 
 def pin_head(store: Store) -> None:
     """Let this machine remember the log as it is now, so that an older copy is noticed."""
+    harden()
     with contextlib.suppress(GraceError):
         Vault(store).learn_head()
 
@@ -7883,14 +8019,16 @@ Judged = tuple[Review, Row, list[str]]  # verified, observed, and the groups to 
 def twins(vault: Vault, first: Judged, row: Row, group: str | None) -> list[Judged]:
     """Pending requests that ask the same in the same words, from the same running program: judged before the person is asked."""
     review, seen, _ = first
-    found = []
+    found: list[Judged] = []
     for other in vault.store.all(PENDING):
         if other["consent_id"] == row["consent_id"] or (other["secret_key"], other["requester"]) != (row["secret_key"], row["requester"]):
             continue
         with contextlib.suppress(GraceError):
             twin, its = judge(vault, review.approver, other)
             same = all(twin.request[name] == review.request[name] for name in ("header", "sealed", "claimed", "risk", "mode", "user"))
-            if same and its["alive"] and its["ancestors"][:1] == seen["ancestors"][:1]:
+            processes = {(one["reported"].get("pid"), one["reported"].get("started")) for one in (review.request, *(known.request for known, _, _ in found))}
+            another = (twin.request["reported"].get("pid"), twin.request["reported"].get("started")) not in processes
+            if same and another and its["alive"] and its["ancestors"][:1] == seen["ancestors"][:1]:
                 found.append((twin, its, twin.groups(group)))
     return found
 
@@ -7932,7 +8070,7 @@ def consent_approve(app: App, id: str | None, group: str | None, once: bool, cod
     review, seen = judge(vault, person, row)
     groups = review.groups(group)
     same = twins(vault, (review, seen, groups), row, group) if review.risk == "medium" and code is None and seen["alive"] else []
-    show_prompt(review, seen, False, [twin.code for twin, _, _ in same])
+    show_prompt(app, review, seen, False, [twin.code for twin, _, _ in same])
     confirmed(review, code, passphrase_file)
     done = sign_and_record(vault, review, groups, seen, note, passphrase_file)
     for twin, its, signing in same:
@@ -7943,10 +8081,16 @@ def consent_approve(app: App, id: str | None, group: str | None, once: bool, cod
     show_consent(app, store, done)
 
 
-def show_prompt(review: Review, seen: Row, elsewhere: bool, codes: Iterable[str] = ()) -> None:
-    lines = prompt_lines(review, seen, elsewhere) + [f"AND an identical request of the same program, answered with this one: code {code}" for code in codes]
-    sys.stderr.write("\n".join(lines) + "\n")
-    sys.stderr.flush()
+def show_prompt(app: App, review: Review, seen: Row, elsewhere: bool, codes: Iterable[str] = ()) -> None:
+    """On the terminal where there is a person, whatever stderr is; else on stderr, unless it is to hold an error object only."""
+    lines = prompt_lines(review, seen, elsewhere) + [f"AND the same in the same words, answered with this one; compare its code, too: {code}" for code in codes]
+    text = "\n".join(lines) + "\n"
+    if has_terminal():
+        with open("/dev/tty", "w", encoding="utf-8", errors="backslashreplace") as terminal:
+            terminal.write(text)
+    elif not app.json:
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def approve_elsewhere(app: App, source: str, out: str | None, group: str | None, code: str | None, name: str | None, passphrase_source: str | None) -> None:
@@ -7972,7 +8116,7 @@ def approve_elsewhere(app: App, source: str, out: str | None, group: str | None,
     person = Approver(who, folder, os.path.basename(folder), passphrase(passphrase_source, who))
     review = Review(person, case, clock())
     groups = review.groups(group)
-    show_prompt(review, {}, True)
+    show_prompt(app, review, {}, True)
     confirmed(review, code, passphrase_source)
     signed = [review.sign(one, clock()) for one in groups]
     review.learn(elsewhere=True)
@@ -8008,7 +8152,7 @@ def consent_import(app: App, file: str) -> None:
         row = get_consent(store, block["consent_id"])
         done = store.write(
             lambda tx: record_grants(
-                tx, vault, row["consent_id"], signed, {"elsewhere": True, "approver": block["approver"], "requester_is_approver_uid": None}
+                tx, vault, row["consent_id"], signed, {"elsewhere": True, "requester_is_approver_uid": None}
             )
         )
     vault.learn_head()
@@ -8121,22 +8265,25 @@ class Watch:
                     return False
         return True
 
-    def _unlocked(self, risk: str) -> Approver:
-        fresh = risk in ("high", "critical") or self.person is None or clock() >= self.until
-        if fresh or self.person is None:
+    def _judged(self, row: Row) -> tuple[Review, Row]:
+        """The request as verified; above medium risk with the passphrase asked afresh."""
+        if self.person is None or clock() >= self.until:
             self.person, self.until = unlock(self.vault, self.name, self.source), clock() + UNLOCKED_FOR
-        return self.person
+        judged = judge(self.vault, self.person, row)
+        if judged[0].risk in ("high", "critical") and self.until - clock() < UNLOCKED_FOR - SECOND:
+            self.person = unlock(self.vault, self.name, self.source)
+            judged = judge(self.vault, self.person, row)
+        return judged
 
     def _answer(self, row: Row) -> bool:
         try:
-            review, seen = judge(self.vault, self._unlocked(request_of(row["request"])["risk"]), row)
-            group = None
-            show_prompt(review, seen, False)
+            review, seen = self._judged(row)
+            group = self._group(review)
+            show_prompt(self.app, review, seen, False)
             word = ask_person("[a]pprove, [d]eny, [s]kip, [q]uit: ", review.request["answer_by"]).lower()
             if word in ("a", "approve"):
                 if review.risk in ("high", "critical"):
                     confirmed(review, None, self.source)
-                    group = next(iter(missing_groups(review.header, review.request, review.grants)), None)
                 done = sign_and_record(self.vault, review, review.groups(group), seen, None, self.source)
                 if done["consent_status"] == "pending":
                     self.done.discard(row["consent_id"])  # another signature is missing, perhaps from the same person
@@ -8146,9 +8293,22 @@ class Watch:
                 self.store.write(lambda tx: deny(tx, row["consent_id"], reason[:2000]))
                 write_out(f"{row['consent_id']}  denied")
             return word not in ("q", "quit")
-        except (DeniedError, ConflictError, NotFoundError, UsageError) as error:
+        except RefusedError as error:
             report(error, False)
-            return True
+        except DeniedError as error:
+            self.done.discard(row["consent_id"])  # a mistyped passphrase or code: shown again
+            report(error, False)
+        except (ConflictError, NotFoundError, UsageError) as error:
+            report(error, False)
+        return True
+
+    def _group(self, review: Review) -> str | None:
+        """Above medium risk the first group for which this person may still sign."""
+        if review.risk not in ("high", "critical"):
+            return None
+        mine = self.person.keys.fingerprint if self.person else ""
+        groups = missing_groups(review.header, review.request, review.grants)
+        return next((group for group in groups if mine in may_sign(review.header, review.request, review.roster, group)), None)
 
 
 # ---- audit
@@ -8159,10 +8319,8 @@ def audit_list(app: App, limit: int) -> None:
     """What happened to the vault, in order."""
     store = consent_store(app)
     documents = [leaf_document(row) for row in store.all(LEAVES_NEWEST, n=limit)[::-1]]
-    rows = [
-        (str(d["seq"]), d["at"], d["kind"], printable(d["subject"]), printable(", ".join(f"{k}={v}" for k, v in d["facts"].items() if v is not None)))
-        for d in documents
-    ]
+    facts = [", ".join(f"{name}={value}" for name, value in d["facts"].items() if value is not None) for d in documents]
+    rows = [(str(d["seq"]), d["at"] or "?", printable(d["kind"]), printable(d["subject"]), printable(said)) for d, said in zip(documents, facts, strict=True)]
     app.show(documents, lambda: show_table(("SEQ", "AT", "WHAT", "ABOUT", "FACTS"), rows, "nothing yet"))
 
 
@@ -8212,8 +8370,7 @@ def verify_log(store: Store, roster: Row, pins: dict[str, tuple[int, str]]) -> R
 @command("audit verify", SIGNER, PASSPHRASE)
 def audit_verify(app: App, approver: str | None, passphrase_file: str | None) -> int:
     """Check the whole log against itself, what approvers have signed, and what this machine has seen."""
-    store = consent_store(app)
-    vault = Vault(store)
+    store, vault = open_vault(app)
     pins = {"this machine": vault.seen.audit}
     if passphrase_file is not None:
         name = choose_approver(vault, approver)
@@ -8255,13 +8412,25 @@ def audit_export(app: App) -> None:
         )
 
 
+def show_accepted(store: Store, vault: Vault, before: dict[str, list[Any]]) -> None:
+    """What was seen, and what would count from now on."""
+    size, head = audit_head(store)
+    for who, (seen_size, seen_head, number) in before.items():
+        sys.stderr.write(f"{who} has seen a log of {seen_size} leaves ending in {seen_head[:16]}, and list {number} of approvers\n")
+    sys.stderr.write(f"here is one of {size} leaves ending in {head[:16]}, and list {vault.roster['number']} of approvers\n")
+    for entry in store.all(CURRENT_SECRETS):
+        seen = vault.seen.secrets.get(entry["secret_key"], [0, "", False])[0]
+        if entry["version"] != seen:
+            sys.stderr.write(f"  {entry['secret_key']}: version {entry['version']} here, {seen} seen\n")
+
+
 @command("audit anchor", SIGNER, PASSPHRASE, opt("--accept", is_flag=True, help="Even when the log is not the one seen before, as after a restored copy."))
 def audit_anchor(app: App, approver: str | None, passphrase_file: str | None, accept: bool) -> None:
     """Sign the log as it is now. After a restored copy of the database, --accept makes it the one that counts."""
     harden()
     store = app.store()
     with refusals(store, "vault", plain=False):
-        vault = Vault(store, accepting=accept)
+        vault = Vault(store)
     name = choose_approver(vault, approver)
     typed = passphrase(passphrase_file, name)
     with refusals(store, name, plain=False):
@@ -8271,6 +8440,11 @@ def audit_anchor(app: App, approver: str | None, passphrase_file: str | None, ac
         if not known and not accept:
             raise RefusedError("rolled back: the audit log is not the one seen before; --accept would make it the one that counts")
         headers = {row["secret_key"]: vault.checked(store, row) for row in store.all(CURRENT_SECRETS)} if accept else {}
+
+    if accept and not app.json:
+        show_accepted(store, vault, before)
+        if passphrase_file is None and ask_person("Type yes to accept this state: ", clock() + 5 * MINUTE).lower() != "yes":
+            raise DeniedError("nothing was accepted")
 
     def put(tx: Tx) -> None:
         record(tx, "audit.accepted" if accept else "audit.anchored", name, {"seen": before} if accept else {})
@@ -8305,7 +8479,12 @@ Finding = tuple[str, str, str, str]  # level (problem, risk, note), code, messag
 
 def program_findings() -> Iterator[Finding]:
     """Who besides you and root could change the program that asks for your passphrase."""
-    path = os.path.abspath(__file__)
+    for start in (os.path.abspath(__file__), os.path.realpath(sys.executable), os.path.abspath(sys.argv[0])):
+        yield from path_findings(start)
+
+
+def path_findings(path: str) -> Iterator[Finding]:
+    """Who may write a file, or any directory above it."""
     while True:
         with contextlib.suppress(OSError):
             facts = os.stat(path)
@@ -8357,6 +8536,8 @@ def place_findings(store: Store, vault: Vault) -> Iterator[Finding]:
 
 
 def vault_findings(store: Store, vault: Vault) -> Iterator[Finding]:
+    if vault.older:
+        yield "problem", "rolled_back", "this machine has seen a newer list of approvers", "after a restored copy: grace audit anchor --accept"
     log = verify_log(store, vault.roster, {"this machine": vault.seen.audit})
     for finding in log["findings"]:
         yield "problem", "audit", finding, "if a copy was restored: grace audit anchor --accept"
@@ -8387,13 +8568,17 @@ def doctor_command(app: App) -> int:
     """What is wrong or weak here, what it means, and what to do; exit 1 when something is wrong."""
     store = app.store()
     findings, secrets = [*program_findings(), *machine_findings()], []
-    if store.value(GET_VAULT):
-        _, vault = open_vault(app)
-        findings += [*place_findings(store, vault), *vault_findings(store, vault)]
-        keys_here = any(finding[1] == "keys_with_database" for finding in findings)
-        secrets = [secret_outlook(secret_document(vault, entry), keys_here) for entry in store.all(CURRENT_SECRETS)]
-    else:
+    if not store.value(GET_VAULT):
         findings.append(("note", "no_vault", "there is no vault yet", "make one: grace init"))
+    else:
+        try:
+            _, vault = open_vault(app)
+            findings += [*place_findings(store, vault), *vault_findings(store, vault)]
+            keys_here = any(finding[1] == "keys_with_database" for finding in findings)
+            secrets = [secret_outlook(secret_document(vault, entry), keys_here) for entry in store.all(CURRENT_SECRETS)]
+        except (DeniedError, LockedError) as error:
+            findings.append(("problem", "vault", error.message, error.hint))
+    findings = list(dict.fromkeys(findings))
     findings.sort(key=lambda finding: ("problem", "risk", "note").index(finding[0]))
     document = {"ok": all(finding[0] != "problem" for finding in findings),
                 "findings": [dict(zip(("level", "code", "message", "hint"), finding, strict=True)) for finding in findings],

@@ -215,3 +215,35 @@ def test_the_demo_has_a_consent_act(place: Place) -> None:
     steps = {" ".join(step["command"][1:3]): step for step in done.json["steps"]}
     assert steps["exec --secret"]["exit_status"] == 0 and "a token of 24 characters" in steps["exec --secret"]["output"]
     assert steps["consent approve"]["exit_status"] == steps["audit verify"]["exit_status"] == 0
+
+
+# ---- another machine key
+
+
+def test_a_lost_machine_key_loses_nothing(vault: Place) -> None:
+    """Without machine.key everything says how to go on; an approver makes a new one, and all secrets open again."""
+    phrase = ("--passphrase-file", str(vault.folder / "passphrase"))
+    (keys,) = (vault.folder / ".config" / "grace").iterdir()
+    for name in ("machine.key", "machine.seen"):
+        (keys / name).unlink()
+    lost = vault.call("secret", "get", "motd", "--action", "read", "--for", "a test")
+    assert lost.status == 7 and "grace init --machine" in lost.err
+    assert vault.call("doctor", "--json").status == 1
+    assert vault.json("init", "--machine", *phrase)["resealed"] == ["motd"]
+    assert vault.ok("secret", "get", "motd", "--action", "read", "--for", "a test").out == "hello world"
+    process = vault.start("exec", "--secret", "TOKEN=shop_token", "--", "sh", "-c", 'echo "${#TOKEN}"')
+    approve(vault)
+    assert end_of(vault, process)[:2] == (0, f"{len(VALUE)}\n")
+    assert vault.json("audit", "verify", *phrase)["ok"]
+
+
+def test_a_stolen_machine_key_opens_nothing_new(vault: Place) -> None:
+    """After a new machine key was made, the old key file put back is of no use."""
+    (keys,) = (vault.folder / ".config" / "grace").iterdir()
+    old = {name: (keys / name).read_bytes() for name in ("machine.key", "machine.seen")}
+    vault.ok("init", "--machine", "--passphrase-file", str(vault.folder / "passphrase"))
+    vault.ok("secret", "rotate", "motd", stdin=b"another text")
+    for name, data in old.items():
+        (keys / name).write_bytes(data)
+    assert "another text" not in vault.call("secret", "get", "motd", "--action", "read", "--for", "a test").out
+    assert vault.call("secret", "get", "motd", "--action", "read", "--for", "a test").status == 5
