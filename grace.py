@@ -1524,9 +1524,9 @@ MARK_ROTATION = "UPDATE secret_entries SET rotate_reason = :reason WHERE secret_
 class RefusedError(DeniedError):
     """Something stored does not verify."""
 
-    def __init__(self, cause: str):
+    def __init__(self, cause: str, hint: str = ""):
         restored = "after a restored copy: grace audit anchor --accept" if cause.startswith("rolled back") else ""
-        super().__init__(f"refused: {cause}", restored or "see what happened: grace audit list")
+        super().__init__(f"refused: {cause}", hint or restored or "see what happened: grace audit list")
         self.cause = cause
 
 
@@ -1784,7 +1784,14 @@ class Seen:
                 if header["version"] > known[0]:
                     self.secrets[header["key"]] = [header["version"], hash_of("header", header), known[2] or header["owner"] != machine]
             if canonical([list(self.roster), list(self.audit), self.secrets]) != before:
-                self.save()
+                self._save_if_possible()
+
+    def _save_if_possible(self) -> None:
+        """What is learned is learned after the fact: a disk without room must not turn what has happened into a failure."""
+        try:
+            self.save()
+        except OSError as error:
+            sys.stderr.write(f"grace: what was seen could not be written to {self.path}: {error.strerror}\n")
 
     def accept(self, roster: tuple[int, str], audit: tuple[int, str], headers: dict[str, Row], machine: str) -> None:
         """Take the database as it is for what was seen: after a restored copy, and only when its owner says so."""
@@ -2312,6 +2319,7 @@ CASE_PARTS: dict[str, Fields] = {
     "rosters": {"number": NUMBER, "document": TEXT, "signature": TEXT}, "shares": {"group": TEXT, "member": TEXT, "index": NUMBER, "wrap": TEXT},
     "grants": {"document": TEXT, "signature": TEXT, "wrap_hash": MAYBE_TEXT},
 }  # fmt: skip
+EXPORT_ANEW = "export it anew: grace consent export ID"
 SIGNED_SHAPE: Fields = {"document": TEXT, "wrap": MAYBE_TEXT, "signature": TEXT}
 
 
@@ -2664,13 +2672,13 @@ def parse_case(text: str) -> Row:
     try:
         case = shaped(parse_json(text), CASE_SHAPE, "this text")
     except ValueError as error:
-        raise RefusedError(f"this is no exported request: {error}") from None
+        raise RefusedError(f"this is no exported request: {error}", EXPORT_ANEW) from None
     for name, shape in CASE_PARTS.items():
         for item in case[name]:
             shaped(item, shape, "this text")
     counts = case["earlier"].items()
     if case["format"] != "grace-case/1" or not all(status in CONSENT_STATUS and type(n) is int and n >= 0 for status, n in counts):
-        raise RefusedError("this is no exported request")
+        raise RefusedError("this is no exported request", EXPORT_ANEW)
     return case
 
 
@@ -7052,10 +7060,10 @@ def has_terminal() -> bool:
     return True
 
 
-def passphrase(source: str | None, whose: str, new: bool = False) -> bytes:
+def passphrase(source: str | None, whose: str, new: bool = False, option: str = "--passphrase-file") -> bytes:
     """A passphrase from a private file, stdin or the terminal; a new one is asked for twice. LockedError when there is no way."""
     if source is not None:
-        return passphrase_file(source)
+        return passphrase_file(source, option)
     if not has_terminal():
         raise LockedError(f"the passphrase of {whose} is needed, and there is no terminal to ask on", "name a file with --passphrase-file")
     import getpass
@@ -7068,20 +7076,20 @@ def passphrase(source: str | None, whose: str, new: bool = False) -> bytes:
     return typed.encode(errors="surrogateescape")
 
 
-def passphrase_file(source: str) -> bytes:
+def passphrase_file(source: str, option: str) -> bytes:
     try:
         with open(0 if source == "-" else source, "rb", closefd=source != "-") as file:
             facts = os.fstat(file.fileno())
             if source != "-" and stat.S_ISREG(facts.st_mode) and facts.st_mode & 0o077:
                 raise UsageError(
-                    f"--passphrase-file: {printable(source)} is open to others (mode {stat.S_IMODE(facts.st_mode):o})", f"chmod 600 {printable(source)}"
+                    f"{option}: {printable(source)} is open to others (mode {stat.S_IMODE(facts.st_mode):o})", f"chmod 600 {printable(source)}"
                 )
             line = file.readline(4097)
     except (OSError, ValueError) as error:
-        raise UsageError(f"--passphrase-file: cannot read {printable(source)}: {getattr(error, 'strerror', None) or error}") from None
+        raise UsageError(f"{option}: cannot read {printable(source)}: {getattr(error, 'strerror', None) or error}") from None
     line = line.removesuffix(b"\n")
     if not 1 <= len(line) <= 4096:
-        raise UsageError("--passphrase-file: the first line holds 1 to 4096 bytes")
+        raise UsageError(f"{option}: the first line holds 1 to 4096 bytes")
     return line
 
 
@@ -7239,7 +7247,7 @@ def approver_add(app: App, name: str, role: tuple[str, ...], new_passphrase_file
     roster = new_roster(vault.roster, [*vault.roster["approvers"], new_person(name, set(role), keys.public, clock())], vault.roster["machine"], vault.id,
                         signer.keys.fingerprint, clock())  # fmt: skip
     facts = {"vault_id": vault.id, "name": name, "root": vault.root}
-    document = locked_keys(keys, seen_key, passphrase(new_passphrase_file, name, new=True), facts, setting(store, "vault.argon2_memory"))
+    document = locked_keys(keys, seen_key, passphrase(new_passphrase_file, name, True, "--new-passphrase-file"), facts, setting(store, "vault.argon2_memory"))
     write_private(os.path.join(vault.folder, f"{name}.key"), document)
     Seen.begin(os.path.join(vault.folder, f"{name}.seen"), vault.id, name, seen_key, (roster["number"], hash_of("roster", roster)), audit_head(store))
     change_roster(vault, signer, roster, "approver.added", name)
@@ -7322,9 +7330,8 @@ def approver_passwd(app: App, name: str | None, new_passphrase_file: str | None,
     document = read_private(path, f"the key of {name}")
     keys, seen_key = unlocked_keys(document, passphrase(passphrase_file, name))
     facts = {"vault_id": vault.id, "name": name, "root": document["root"]}
-    write_private(
-        path, locked_keys(keys, seen_key, passphrase(new_passphrase_file, f"{name} from now on", new=True), facts, setting(store, "vault.argon2_memory"))
-    )
+    new = passphrase(new_passphrase_file, f"{name} from now on", True, "--new-passphrase-file")
+    write_private(path, locked_keys(keys, seen_key, new, facts, setting(store, "vault.argon2_memory")))
     store.write(lambda tx: record(tx, "approver.passwd", name, {}))
     app.show({"name": name, "changed": True}, lambda: write_out(f"the passphrase of {name} was changed"))
 
@@ -7357,6 +7364,15 @@ def approver_import(app: App, file: str) -> None:
         raise UsageError("FILE: this is no exported approver")
     if not VAULT_ID.fullmatch(vault_id) or not NAME.fullmatch(name) or (parts[1].get("vault_id"), parts[1].get("name")) != (vault_id, name):
         raise UsageError("FILE: this is no exported approver")
+    try:
+        for part in parts:
+            canonical(part)
+        texts = (parts[0].get("root"), parts[0].get("private"), parts[1].get("data"))
+        if not all(isinstance(text, str) for text in texts) or not isinstance(parts[0].get("kdf"), dict):
+            raise ValueError("this is no exported approver")
+        shaped(parts[0].get("public"), PUBLIC_SHAPE, "the key")
+    except (ValueError, RefusedError) as error:
+        raise UsageError(f"FILE: {error}") from None
     folder = vault_folder(vault_id)
     os.makedirs(folder, mode=0o700, exist_ok=True)
     if os.path.exists(os.path.join(folder, f"{name}.key")):
@@ -8104,7 +8120,7 @@ def approve_elsewhere(app: App, source: str, out: str | None, group: str | None,
     harden()
     vault_id = request_of(case["request"])["vault_id"]
     if not VAULT_ID.fullmatch(vault_id):
-        raise RefusedError("this is no exported request")
+        raise RefusedError("this is no exported request", EXPORT_ANEW)
     folder = vault_folder(vault_id)
     here = sorted(file.removesuffix(".key") for file in os.listdir(folder) if file.endswith(".key") and file != "machine.key") if os.path.isdir(folder) else []
     if name is None and len(here) != 1:
@@ -8267,10 +8283,11 @@ class Watch:
 
     def _judged(self, row: Row) -> tuple[Review, Row]:
         """The request as verified; above medium risk with the passphrase asked afresh."""
-        if self.person is None or clock() >= self.until:
+        stale = self.person is None or clock() >= self.until
+        if self.person is None or stale:
             self.person, self.until = unlock(self.vault, self.name, self.source), clock() + UNLOCKED_FOR
         judged = judge(self.vault, self.person, row)
-        if judged[0].risk in ("high", "critical") and self.until - clock() < UNLOCKED_FOR - SECOND:
+        if judged[0].risk in ("high", "critical") and not stale:
             self.person = unlock(self.vault, self.name, self.source)
             judged = judge(self.vault, self.person, row)
         return judged

@@ -538,6 +538,45 @@ def test_tables_fit_the_terminal(place: Place, module: Any) -> None:
     assert "g" * 2000 in piped and "漢字" * 200 in piped and "i" * 128 in piped and "\x1b" not in piped
 
 
+def shop_vault(place: Place, service: str = "shop", who: str = "bot", purpose: str = "see the figures", requests: int = 1) -> list[str]:
+    """A vault with one secret, and requests for it; their ids."""
+    vault_files(place.folder)
+    place.ok("config", "set", "vault.argon2_memory", "67108864")
+    place.ok("init", "--name", "anna", *SIGNED)
+    place.ok("secret", "set", "shop_token", "--service", service, "--value-file", "value", *SIGNED)
+    asked = ("consent", "request", "shop_token", "--action", "read", "--by", who, "--for", purpose, "--timeout", "1h")
+    return [place.json(*asked)["consent_id"] for _ in range(requests)]
+
+
+LONG_TEXTS = [("漢字" * 100, "w" * 128, "p" * 2000), ("e\u0301" * 100, "漢" * 128, "字" * 2000), ("https://git.example.org/" + "x" * 150, "bot", "look " * 200)]
+
+
+@pytest.mark.parametrize("service, who, purpose", LONG_TEXTS, ids=["wide", "combining", "long"])
+def test_tables_of_the_vault_fit_the_terminal(service: str, who: str, purpose: str, place: Place, module: Any) -> None:
+    """On a terminal of 80 columns no line is wider, and ids, which people have to type, are whole."""
+    (consent,) = shop_vault(place, service, who, purpose)
+    for words in ("secret list", "consent pending", "consent history", "audit list", "approver list"):
+        status, text = Terminal(place, *words.split()).end()
+        assert status == 0 and text.strip() and columns_of(text, module) <= 80, f"{words}: {text}"
+        assert consent in text or not words.startswith("consent"), f"{words}: {text}"
+    assert purpose in place.ok("consent", "pending").out
+
+
+def test_a_value_that_cannot_be_written(place: Place) -> None:
+    """A full disk behind `secret get` is an error in one line; on a terminal the value is not shown unless --reveal."""
+    shop_vault(place, requests=0)
+    place.ok("secret", "set", "open", "--risk", "low", "--value-file", "value")
+    words = ("secret", "get", "open", "--action", "read", "--for", "a test")
+    with open("/dev/full", "wb") as full:
+        process = place.start(*words, stdout=full)
+        _, err = process.communicate(timeout=LIMIT)
+    assert process.returncode not in (0, None) and b"No space" in err and b"Traceback" not in err
+    status, text = Terminal(place, *words).end()
+    assert status == 2 and "--reveal" in text and "what is in value" not in text
+    status, text = Terminal(place, *words, "--reveal").end()
+    assert status == 0 and "what is in value" in text
+
+
 def test_ordinary_tables_keep_their_ids_whole(place: Place, module: Any) -> None:
     """With ordinary names a table at 80 columns shows whole ids, cuts the goal with an ellipsis, and uses a wider terminal."""
     place.handler("work", "--sla", "1h30m", "--", "true")

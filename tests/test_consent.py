@@ -1572,17 +1572,19 @@ def test_three_denials_in_a_row_are_a_pause_for_that_program(team: World) -> Non
 
 
 def test_identical_requests_are_answered_together(team: World) -> None:
-    """One approval, one grant for each of them; one that differs in a word stays pending."""
-    alike = [team.ask(mode="collect") for _ in range(3)]
-    other = team.ask(mode="collect", purpose="something else")
-    done = team.call("consent", "approve", alike[1].consent_id, *team.as_("anna"))
-    assert done.status == 0 and done.err.count("AND an identical request") == 2, done.err
-    assert [team.status(a.consent_id) for a in (*alike, other)] == ["approved"] * 3 + ["pending"]
-    documents = {row[0] for row in team.fetch("SELECT document FROM consent_grants")}
-    assert len(documents) == 3
-    for asking in alike:
-        assert team.collect(asking.consent_id) == VALUES["test_api_key"]
-        assert team.kinds(asking.consent_id).count("consent.signed") == 1
+    """Of living processes of one program: one approval, each code shown, one grant for each; what differs in a word stays pending."""
+    askers = [team.get("test_api_key") for _ in range(3)]
+    alike = team.pending(3)
+    other = team.get("test_api_key", "--by", "another")
+    (differs,) = set(team.pending(4)) - set(alike)
+    codes = [team.json("consent", "show", one)["code"] for one in (*alike, differs)]
+    done = team.call("consent", "approve", alike[1], *team.as_("anna"))
+    assert done.status == 0 and [code in done.err for code in codes] == [True] * 3 + [False], done.err
+    assert [end_of(asker)[:2] for asker in askers] == [(0, VALUES["test_api_key"])] * 3
+    assert team.status(differs) == "pending" and other.poll() is None
+    assert len({row[0] for row in team.fetch("SELECT document FROM consent_grants")}) == 3
+    for one in alike:
+        assert team.kinds(one).count("consent.signed") == 1 == team.kinds(one).count("secret.used")
     consistent(team)
 
 
@@ -1672,7 +1674,7 @@ def nested_changes(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from ((where, {**value, name: new}) for where, new in nested_changes(value[name], f"{path}.{name}"))
             yield f"{path} without {name}", {key: item for key, item in value.items() if key != name}
     elif isinstance(value, list):
-        yield f"{path} empty", []
+        yield from [(f"{path} empty", [])] if value else [(f"{path} filled", [{}])]
         for number, item in enumerate(value[:3]):
             yield from ((where, [*value[:number], new, *value[number + 1 :]]) for where, new in nested_changes(item, f"{path}[{number}]"))
     elif isinstance(value, str) and value.startswith("{"):
@@ -2120,11 +2122,14 @@ def test_watch_asks_for_passphrase_and_code_at_high_risk(solo: World) -> None:
     medium, high = solo.ask(mode="collect"), solo.ask("high", mode="collect")
     code = solo.m.code_of(solo.m.hash_of("request", high.request))
     terminal = Terminal(solo.place, "consent", "watch", columns=200, env={"LOGNAME": "anna"})
+    deadline = time.monotonic() + 30
     seen = {"Passphrase of": 0, "[q]uit:": 0, "Type the code": 0}
 
     def answer(part: str, text: str) -> None:
         seen[part] += 1
-        until(lambda: terminal.read() and terminal.text.count(part) >= seen[part], f"{part} for the {seen[part]}. time", 30)
+        while terminal.read() and terminal.text.count(part) < seen[part]:
+            assert time.monotonic() < deadline, terminal.text
+        assert terminal.text.count(part) >= seen[part], terminal.text
         terminal.type(text)
 
     answer("Passphrase of", "the sentence of anna\n")

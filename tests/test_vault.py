@@ -895,10 +895,13 @@ def test_a_vaults_id_leads_nowhere_else(vault_place: Place) -> None:
 # ---- the roster
 
 
-def all_refused(module: Any, place: Place, words: str) -> None:
-    """Nothing opens without a roster that holds, low risk included; the cause is in the log."""
+def all_refused(module: Any, place: Place, words: str, low_opens: bool = False) -> None:
+    """Nothing opens without a roster that holds, and with an older one only low risk; the cause is in the log."""
     assert re.search(words, cause_of(module, place, "mid"))
-    assert re.search(words, cause_of(module, place, "open"))
+    if low_opens:
+        assert place.call("secret", "get", "open", "--action", "read", "--for", "a test").status == 0
+    else:
+        assert re.search(words, cause_of(module, place, "open"))
 
 
 def rosters(place: Place) -> list[tuple[int, Row, bytes]]:
@@ -944,7 +947,7 @@ def test_lists_in_another_order_or_number_are_refused(module: Any, vault_place: 
                         ([one, two, three, (4, three[1], three[2])], "another vault|follow"),
                         ([one, two, (3, two[1], two[2])], "another vault|follow")):  # fmt: skip
         put_rosters(vault_place, rows)
-        all_refused(module, vault_place, words)
+        all_refused(module, vault_place, words, low_opens=rows in ([one, two], [one]))
 
 
 def longer(module: Any, place: Place, signer: Any, people: list[Row], signature_by: Any = None) -> list[tuple[int, Row, bytes]]:
@@ -1572,7 +1575,7 @@ def test_a_restored_copy_from_before_an_approver_was_added_can_be_accepted_too(m
     copy_rows(vault_place.db, vault_place.folder / "early.db")
     vault_place.ok("approver", "add", "dora", "--role", "user", "--new-passphrase-file", word_file(vault_place, "dora"), *signed_as(vault_place, "olga"))
     restore_early(vault_place)
-    all_refused(module, vault_place, "rolled back")
+    all_refused(module, vault_place, "rolled back", low_opens=True)
     refused = vault_place.call("audit", "anchor", *signed_as(vault_place, "olga"))
     assert (refused.status, refused.out) == (5, "")
     done = vault_place.call("audit", "anchor", "--accept", *signed_as(vault_place, "olga"))
