@@ -5614,10 +5614,11 @@ def align(header: tuple[str, ...], rows: list[tuple[str, ...]], width: int | Non
 
 
 def shrink(widths: list[int], room: int) -> None:
-    """Make columns fit: the last one first, down to twelve, then always the widest."""
+    """Make columns fit: the last one first, down to twelve, then always the widest; the first, which names things, only when nothing else is left."""
     widths[-1] = max(min(widths[-1], 12), min(widths[-1], room - sum(widths[:-1])))
     while sum(widths) > room and max(widths) > 4:
-        widths[widths.index(max(widths))] -= 1
+        widest = max(range(1, len(widths)), key=widths.__getitem__, default=0)
+        widths[widest if widths[widest] > 4 else 0] -= 1
 
 
 def colour(line: str) -> str:
@@ -7341,10 +7342,10 @@ def approver_export(app: App, name: str, out: str | None) -> None:
     """The key file of an approver, still locked by his passphrase, and what he has seen: to carry to another machine."""
     _, vault = open_vault(app)
     name = choose_approver(vault, name)
-    vault.store.write(lambda tx: record(tx, "approver.exported", name, {"uid": os.geteuid()}))
-    vault.learn_head()
     bundle = {"format": "grace-approver/1", "key": read_private(os.path.join(vault.folder, f"{name}.key"), f"the key of {name}"),
               "seen": read_private(os.path.join(vault.folder, f"{name}.seen"), f"the record of {name}")}  # fmt: skip
+    vault.store.write(lambda tx: record(tx, "approver.exported", name, {"uid": os.geteuid()}))
+    vault.learn_head()
     write_text(app, out, bundle)
 
 
@@ -7913,7 +7914,7 @@ def consent_store(app: App) -> Store:
         raise LockedError("there is no vault yet", "make one: grace init")
     store.overwrite_deleted()
     shred_if_due(store)
-    if (store.one(PENDING) or store.one(CONSENTS_OVER, now=clock())) and store.write(expire_consents):
+    if (store.one(CONSENTS_OVER, now=clock()) or not all(map(asker_lives, store.all(PENDING)))) and store.write(expire_consents):
         pin_head(store)
     return store
 

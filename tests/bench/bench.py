@@ -63,20 +63,49 @@ def submit_process(rig: r.Rig) -> list[Result]:
 
 @row("lists")
 def list_processes(rig: r.Rig) -> list[Result]:
-    """Lists of a database with fifty tasks, twenty of them past their deadline."""
+    """Lists of a database with fifty tasks, twenty of them past their deadline, and a vault with five requests that wait."""
     path = rig.new_database("lists", on_critical="none")
     store = rig.store(path)
     rig.submit(store, 30)
     store.write(lambda tx: rig.start_tasks(tx, [1] * 20))
     time.sleep(0.02)
     store.write(rig.g.sweep)
+    vault, _ = rig.vault(store)
+    for _ in range(5):
+        rig.g.Asking(vault, rig.wish("bench"))
     store.close()
     found = []
-    for words in ("task list", "violations"):
+    for words in ("task list", "violations", "consent pending"):
         for most, form in ((1.3, ["--json"]), (1.7, [])):
             name = f"{words}{' --json' if form else ', table'}, whole process"
             found.append(against_unit(rig, name, most, [r.GRACE, "--db", path, *words.split(), *form]))
     return found
+
+
+@row("consent")
+def consent_protocol(rig: r.Rig) -> list[Result]:
+    """Sealing, approving and opening with the hybrid suite: the mathematics alone, without passphrase and database."""
+    g, store = rig.g, rig.store(rig.new_database("consent"))
+    vault, approver = rig.vault(store)
+    fields = g.next_header(vault.id, vault.roster, "measured", None, 1, {}, 1)
+    value = os.urandom(40)
+    asking = g.Asking(vault, rig.wish("bench"))
+    case = store.write(lambda tx: g.build_case(tx, asking.consent_id, "bench"))
+    review = g.Review(approver, case, g.clock())
+    signed = [review.sign("user", g.clock())]
+    grant = g.grant_of(signed[0]["document"])
+
+    def open_one() -> None:
+        shares = {"user": {1: asking.keys.unwrap(g.from_b64(signed[0]["wrap"], "a part"), g.statement("grant", grant))}}
+        g.open_value(asking.header, bytes(asking.entry["sealed"]), shares)
+
+    def approve_one() -> None:
+        g.Review(approver, case, g.clock()).sign("user", g.clock())
+
+    steps = {"seal": lambda: g.seal(approver.keys, fields, value, vault.roster), "approve": approve_one, "open": open_one}
+    times = {name: 1000 * r.median([r.timed(step) for _ in range(50 if rig.quick else 300)]) for name, step in steps.items()}
+    store.close()
+    return [result(f"consent: {name}", {"ms": ms}, None, None, "≤ 2 ms", ms <= 2) for name, ms in times.items()]
 
 
 @row("batch")

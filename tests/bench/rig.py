@@ -170,6 +170,22 @@ class Rig:
             end(daemon)
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def vault(self, store: Any) -> tuple[Any, Any]:
+        """A vault of one approver with one secret of medium risk, `bench`; the vault, and the approver unlocked."""
+        g, passphrase = self.g, b"of this run alone"
+        os.environ["XDG_CONFIG_HOME"] = os.path.join(self.folder, "config")
+        store.write(lambda tx: g.set_setting(tx, "vault.argon2_memory", g.KDF_FLOOR << 10))
+        g.make_vault(store, "bench", passphrase)
+        vault = g.Vault(store)
+        approver = g.Approver("bench", vault.folder, vault.id, passphrase).meet(store.all(g.ROSTERS))
+        made = g.seal(approver.keys, g.next_header(vault.id, vault.roster, "bench", None, 1, {}, g.clock()), b"a value to open", vault.roster)
+        store.write(lambda tx: g.store_version(tx, made, "stored", approver))
+        return vault, approver
+
+    def wish(self, key: str) -> dict[str, Any]:
+        """What a request for a secret takes."""
+        return dict(self.g.ask_spec(key, "use", "to be measured", None, None, None, "{}", 600_000))
+
     def path(self, name: str) -> str:
         """A new name in the directory of this run."""
         self._names += 1
