@@ -48,8 +48,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from datetime import datetime, timezone
-from typing import Any, NamedTuple
+from typing import Any
 
 import apsw
 import click
@@ -187,6 +186,8 @@ def parse_instant(text: str) -> int:
     """Milliseconds since 1970 from RFC 3339 with an offset; ValueError otherwise."""
     if not INSTANT.fullmatch(text):
         raise ValueError("write an instant with its offset, such as 2026-11-22T07:08:19Z or 2026-11-22T08:08:19+01:00")
+    from datetime import datetime
+
     return round(datetime.fromisoformat(text.upper()).timestamp() * 1000)
 
 
@@ -200,7 +201,7 @@ def format_instant(ms: int | None) -> str | None:
 
 @functools.lru_cache(64)
 def _format_second(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.")
+    return time.strftime("%Y-%m-%dT%H:%M:%S.", time.gmtime(seconds))
 
 
 ID_PAIRS = [a + b for a in ID_ALPHABET for b in ID_ALPHABET]  # two characters for ten bits
@@ -308,7 +309,7 @@ def check_text(text: str, what: str, longest: int) -> str:
     return text
 
 
-UNPRINTABLE = re.compile(
+UNPRINTABLE = (
     "[\x00-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f"
     "\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
@@ -316,7 +317,7 @@ UNPRINTABLE = re.compile(
 
 def printable(text: str) -> str:
     r"""Text from outside, safe to show: what a terminal would obey or hide stands as \u{…}."""
-    return UNPRINTABLE.sub(lambda match: f"\\u{{{ord(match[0]):x}}}", text)
+    return re.sub(UNPRINTABLE, lambda match: f"\\u{{{ord(match[0]):x}}}", text)
 
 
 def raised(priority: str, to: str) -> str:
@@ -485,7 +486,7 @@ def same_code(typed: str, code: str) -> bool:
 
 RISK_NEEDS: dict[str, tuple[str, ...]] = {"low": (), "medium": ("user",), "high": ("user", "governance"), "critical": ("user", "governance")}
 ROLES = ("user", "governance")
-POLICY_PART = re.compile(r"\s*(user|governance)\s*:\s*([0-9]{1,3})\s*(?:of\s*([0-9]{1,3})|\(([^()]*)\))?\s*")
+POLICY_PART = r"\s*(user|governance)\s*:\s*([0-9]{1,3})\s*(?:of\s*([0-9]{1,3})|\(([^()]*)\))?\s*"
 MAX_MEMBERS = 32
 
 
@@ -499,7 +500,7 @@ def parse_policy(text: str) -> list[Row]:
     """`user:1 & governance:2of3`, `user:1(alice,bob)`: groups with thresholds and, where given, sizes or names; ValueError."""
     parts = []
     for part in text.split("&"):
-        match = POLICY_PART.fullmatch(part)
+        match = re.fullmatch(POLICY_PART, part)
         if not match:
             raise ValueError(f"{part.strip()[:60]!r} is no part of a policy; write something like 'user:1 & governance:1' or 'user:2of3'")
         group, threshold, of, names = match[1], int(match[2]), match[3], match[4]
@@ -1500,8 +1501,8 @@ KDF_FLOOR, KDF_CEILING = 64 << 10, 1 << 20  # KiB of memory for Argon2id
 KDF_TURNS, KDF_LANES = 3, 4
 MAX_SECRET = 64 << 10
 MAX_KEY_FILE = 1 << 20
-VAULT_ID = re.compile(r"[0-9a-f]{16}")
-SECRET_KEY = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+VAULT_ID = r"[0-9a-f]{16}"
+SECRET_KEY = r"[A-Za-z0-9_.-]{1,128}"
 GET_VAULT = "SELECT value FROM settings WHERE name = '_vault_id'"
 ROSTERS = "SELECT number, document, signature FROM vault_rosters ORDER BY number"
 PUT_ROSTER = "INSERT INTO vault_rosters (number, document, signature) VALUES (:number, :document, :signature)"
@@ -1958,7 +1959,7 @@ class Vault:
         self.id = store.value(GET_VAULT) or ""
         if not self.id:
             raise LockedError("there is no vault yet", "make one: grace init")
-        if not VAULT_ID.fullmatch(self.id):
+        if not re.fullmatch(VAULT_ID, self.id):
             raise RefusedError("the vault's id is none")
         self.folder = vault_folder(self.id)
         try:
@@ -3548,13 +3549,11 @@ def duplicate_of(tx: Tx, key: str) -> Row | None:
             "sla_deadline": format_instant(task["sla_deadline"]) if task else None}  # fmt: skip
 
 
-class Shape(NamedTuple):
+class Shape:
     """What all submissions have in common that differ in their ids, goal and context only: the rows, and the ends of two JSON texts."""
 
-    intent: Row
-    task: Row
-    payload: str
-    event: str
+    def __init__(self, intent: Row, task: Row, payload: str, event: str):
+        self.intent, self.task, self.payload, self.event = intent, task, payload, event
 
 
 def shape_of(tx: Tx, spec: Row) -> Shape:
@@ -6339,7 +6338,7 @@ def parse_secret_use(text: str) -> tuple[str, str, str]:
     if (
         not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable)
         or variable.startswith("GRACE_")
-        or not SECRET_KEY.fullmatch(key)
+        or not re.fullmatch(SECRET_KEY, key)
         or not NAME.fullmatch(action or "use")
     ):
         raise ValueError(f"{text[:80]!r} is not ENV=KEY or ENV=KEY:ACTION")
@@ -6592,7 +6591,7 @@ def read_log(store: Store, attempt: Row, start: int = 0) -> bytes:
         return b""
 
 
-ANSI_COLOUR = re.compile(r"(\033\[[0-9;]*m)")
+ANSI_COLOUR = r"(\033\[[0-9;]*m)"
 
 
 def write_log(data: bytes) -> None:
@@ -6604,7 +6603,7 @@ def write_log(data: bytes) -> None:
         return
     for line in data.decode(errors="replace").splitlines(keepends=True):
         body = line.rstrip("\r\n")
-        parts = [part if number % 2 else "\t".join(map(printable, part.split("\t"))) for number, part in enumerate(ANSI_COLOUR.split(body))]
+        parts = [part if number % 2 else "\t".join(map(printable, part.split("\t"))) for number, part in enumerate(re.split(ANSI_COLOUR, body))]
         sys.stdout.write("".join(parts) + ("\n" if line != body else ""))
     sys.stdout.flush()
 
@@ -7047,7 +7046,7 @@ def show_changed_setting(app: App, name: str, change: Callable[[Tx], None]) -> N
 
 PASSPHRASE = opt("--passphrase-file", metavar="FILE", help="The passphrase is this file's first line; - for stdin [default: asked on the terminal].")
 APPROVER_NAME = Checked("name", lambda text: named("an approver", text) if text.lower() != "machine" else _refuse("'machine' is the machine's own name"))
-SECRET_NAME = Checked("key", lambda text: text if SECRET_KEY.fullmatch(text) else _refuse(f"{text[:60]!r} is no key: 1 to 128 of A–Z a–z 0–9 _ . -"))
+SECRET_NAME = Checked("key", lambda text: text if re.fullmatch(SECRET_KEY, text) else _refuse(f"{text[:60]!r} is no key: 1 to 128 of A–Z a–z 0–9 _ . -"))
 
 
 def has_terminal() -> bool:
@@ -7162,7 +7161,7 @@ def init_command(app: App, name: str | None, machine: bool, passphrase_file: str
 def renew_machine(store: Store, name: str | None, source: str | None) -> Row:
     """A new key for this machine, on a list signed by an approver of both roles; what the old one had sealed is sealed anew."""
     vault_id = store.value(GET_VAULT) or ""
-    if not VAULT_ID.fullmatch(vault_id):
+    if not re.fullmatch(VAULT_ID, vault_id):
         raise LockedError("there is no vault yet", "make one: grace init")
     folder = vault_folder(vault_id)
     here = sorted(file.removesuffix(".key") for file in os.listdir(folder) if file.endswith(".key") and file != "machine.key") if os.path.isdir(folder) else []
@@ -7363,7 +7362,7 @@ def approver_import(app: App, file: str) -> None:
     vault_id, name = str(parts[0].get("vault_id")), str(parts[0].get("name"))
     if [part.get("format") for part in parts] != [KEY_FILE, SEEN_FILE] or name.lower() == "machine":
         raise UsageError("FILE: this is no exported approver")
-    if not VAULT_ID.fullmatch(vault_id) or not NAME.fullmatch(name) or (parts[1].get("vault_id"), parts[1].get("name")) != (vault_id, name):
+    if not re.fullmatch(VAULT_ID, vault_id) or not NAME.fullmatch(name) or (parts[1].get("vault_id"), parts[1].get("name")) != (vault_id, name):
         raise UsageError("FILE: this is no exported approver")
     try:
         for part in parts:
@@ -8120,7 +8119,7 @@ def approve_elsewhere(app: App, source: str, out: str | None, group: str | None,
         raise UsageError(f"--in: {error}") from None
     harden()
     vault_id = request_of(case["request"])["vault_id"]
-    if not VAULT_ID.fullmatch(vault_id):
+    if not re.fullmatch(VAULT_ID, vault_id):
         raise RefusedError("this is no exported request", EXPORT_ANEW)
     folder = vault_folder(vault_id)
     here = sorted(file.removesuffix(".key") for file in os.listdir(folder) if file.endswith(".key") and file != "machine.key") if os.path.isdir(folder) else []
@@ -8491,7 +8490,7 @@ GUARANTEES = (
     ("nothing", "against whoever has been given a value: only a new one helps"),
     ("nothing", "for secrets of low risk, and for approvals left to be collected: the machine's key on this disk opens them"),
 )
-SYNCED = re.compile(r"(?i)/(dropbox|onedrive|google ?drive|gdrive|nextcloud|owncloud|icloud[^/]*|mobile documents|syncthing|pcloud)(/|$)")
+SYNCED = r"(?i)/(dropbox|onedrive|google ?drive|gdrive|nextcloud|owncloud|icloud[^/]*|mobile documents|syncthing|pcloud)(/|$)"
 Finding = tuple[str, str, str, str]  # level (problem, risk, note), code, message, hint
 
 
@@ -8540,7 +8539,7 @@ def place_findings(store: Store, vault: Vault) -> Iterator[Finding]:
         yield ("risk", "keys_with_database", f"the key of {' and '.join(here)} lies on the machine and under the user that the requests come from",
                "keep it elsewhere: grace approver export NAME, then grace consent export ID and grace consent import FILE")  # fmt: skip
     for what, path in (("the database", store.path), ("the key files", vault.folder)):
-        if SYNCED.search(path):
+        if re.search(SYNCED, path):
             yield ("problem", "synced_folder", f"{what} lies in a folder that is copied to other machines: {path}",
                    "move it, or leave it out of the synchronisation")  # fmt: skip
     home = os.path.expanduser("~") + os.sep
