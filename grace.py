@@ -1511,7 +1511,6 @@ NEWEST_VERSION = "SELECT * FROM secret_entries WHERE secret_key = :key ORDER BY 
 GET_VERSION = "SELECT * FROM secret_entries WHERE secret_key = :key AND version = :version"
 VERSIONS_OF = "SELECT * FROM secret_entries WHERE secret_key = :key ORDER BY version"
 CURRENT_SECRETS = "SELECT * FROM secret_entries WHERE sealed IS NOT NULL ORDER BY secret_key"
-ALL_ENTRIES = "SELECT * FROM secret_entries ORDER BY secret_key, version"
 SHARES_OF = "SELECT * FROM secret_shares WHERE secret_key = :key AND version = :version ORDER BY seq"
 PUT_SECRET = """INSERT INTO secret_entries (secret_key, version, header, sealed, signature, created_at)
   VALUES (:key, :version, :header, :sealed, :signature, :now)"""
@@ -1519,7 +1518,7 @@ PUT_SHARE = """INSERT INTO secret_shares (secret_key, version, group_name, membe
   VALUES (:key, :version, :group, :member, :index, :wrap)"""
 EMPTY_VERSIONS = "UPDATE secret_entries SET sealed = NULL, removed_at = :now WHERE secret_key = :key AND sealed IS NOT NULL"
 DROP_SHARES = "DELETE FROM secret_shares WHERE secret_key = :key"
-MARK_ROTATION = "UPDATE secret_entries SET rotate_reason = :reason WHERE secret_key = :key AND version = :version"
+MARK_ROTATION = "UPDATE secret_entries SET rotate_reason = :reason WHERE secret_key = :key AND sealed IS NOT NULL"
 
 
 class RefusedError(DeniedError):
@@ -2889,6 +2888,11 @@ def remove_secret(tx: Tx, key: str) -> Row:
     emit(tx, "secrets.secret.removed", key, {"secret_key": key, "version": newest["version"]})
     record(tx, "secret.removed", key, {"version": newest["version"], "uid": os.geteuid(), "signed": False})
     return tx.one(NEWEST_VERSION, key=key) or {}
+
+
+def answerable(reader: Reader, now: int) -> list[Row]:
+    """The requests that can still be answered."""
+    return [row for row in reader.all(PENDING) if now < row["expires_at"] and asker_lives(row)]
 
 
 def expire_consents(tx: Tx) -> int:
@@ -5732,7 +5736,7 @@ def status_document(store: Store) -> Row:
     busy = sum(len(store.all(OPEN_ATTEMPTS, worker=row["worker_id"])) for row in daemons)
     shown = [shown_fields(row, ("worker_id", "kind", "pid", "slots", "state", "started_at", "heartbeat_at", "alive")) for row in workers]
     return {"database": store.path, "daemon_alive": bool(daemons), "workers": shown, "active_workers": len([row for row in workers if row["alive"]]),
-            "worker_utilization": round(busy / slots, 4) if slots else None, **counters,
+            "worker_utilization": round(busy / slots, 4) if slots else None, **counters, "pending_consents": len(answerable(store, now)),
             "problems": problems(store, counters, daemons, workers, now)}  # fmt: skip
 
 
@@ -5751,6 +5755,8 @@ def problems(store: Store, counters: Row, daemons: list[Row], workers: list[Row]
         if row["paused"]:
             found.append(("handler_paused", f"{counted(row['n'], 'task')} queued for the paused handler {row['handler']}",
                           f"grace handler resume {row['handler']}"))  # fmt: skip
+    if asked := len(answerable(store, now)):
+        found.append(("consent", f"{counted(asked, 'request')} for a secret waiting for an answer", "see them: grace consent pending"))
     if counters["active_violations"]:
         found.append(("violations", f"{counted(counters['active_violations'], 'open task')} past the SLA", "see them: grace violations"))
     allowed = 3 * setting(store, "daemon.heartbeat_every") + 5 * SECOND
@@ -6893,7 +6899,7 @@ def show_status(document: Row) -> None:
             ("SLA met", "-" if rate is None else f"{100 * rate:.1f} %"),
             ("violations", f"{document['active_violations']} now, {document['total_violations']} ever"),
             ("rescues", f"{document['sub_agents_spawned']} spawned, {document['tasks_rescued']} tasks completed after one"),
-            ("recovered", document["tasks_recovered"])]  # fmt: skip
+            ("recovered", document["tasks_recovered"]), ("consents waiting", document["pending_consents"])]  # fmt: skip
     write_out(tabulate(left, tablefmt="plain", disable_numparse=True))
     for problem in document["problems"]:
         write_out(f"! {printable(problem['message'])}\n  {printable(problem['hint'])}")
@@ -7302,9 +7308,9 @@ def approver_remove(app: App, name: str, approver: str | None, passphrase_file: 
     if signer.name == name:
         raise ConflictError("nobody removes himself", "let another approver sign: --approver NAME")
     people = [{**other, "removed": clock(), "keeps": sorted(keeps)} if other is person else other for other in vault.roster["approvers"]]
-    change_roster(
-        vault, signer, new_roster(vault.roster, people, vault.roster["machine"], vault.id, signer.keys.fingerprint, clock()), "approver.removed", name
-    )
+    roster = new_roster(vault.roster, people, vault.roster["machine"], vault.id, signer.keys.fingerprint, clock())
+    change_roster(vault, signer, roster, "approver.removed", name)
+    store.write(lambda tx: tx.many(MARK_ROTATION, [{"key": key, "reason": f"{name} was removed and could open it"} for key in opens]))
     document = {"name": name, "removed": True, "can_still_open": opens}
 
     def plain() -> None:

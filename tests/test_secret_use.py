@@ -53,6 +53,8 @@ def test_run_gets_its_secret_after_consent(vault: Place) -> None:
     process = vault.start("run", "--sla", "1m", "--secret", "TOKEN=shop_token:upload", "--", "sh", "-c", 'echo "it is $TOKEN"; echo "$TOKEN" | base64; exit 3')
     (waiting,) = until(lambda: vault.json("consent", "pending"), "a request")
     (task,) = vault.json("task", "list")
+    status = vault.json("status")
+    assert status["pending_consents"] == 1 and "consent" in {problem["code"] for problem in status["problems"]}
     assert (task["status"], task["reason"], waiting["task_id"], waiting["requested_action"]) == ("assigned", "waiting_consent", task["task_id"], "upload")
     approve(vault)
     status, out, _ = end_of(vault, process)

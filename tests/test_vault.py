@@ -1051,6 +1051,7 @@ def test_nobody_goes_whose_going_would_lock_a_secret(vault_place: Place) -> None
     assert "hers could not be opened" in vault_place.call("approver", "remove", "anna", *signed_as(vault_place, "olga")).err
     vault_place.ok("secret", "remove", "hers")
     assert vault_place.json("approver", "remove", "ben", *signed_as(vault_place, "olga"))["can_still_open"] == ["grave", "mid", "open", "pair"]
+    assert "ben was removed" in vault_place.json("secret", "show", "mid")["rotate_reason"]
     last = vault_place.call("approver", "remove", "olga", *signed_as(vault_place, "anna"))
     assert (last.status, "grave could not be opened" in last.err or "only approver with the role governance" in last.err) == (4, True)
     assert vault_place.call("secret", "set", "x", "--policy", "user:3", *as_olga(vault_place), stdin=b"x").status == 2
