@@ -44,7 +44,9 @@ def until(condition: Callable[[], Any], what: str = "the condition", limit: floa
 
 
 def own_environment() -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if not key.startswith(("GRACE_", "XDG_", "NOTIFY_", "WATCHDOG_"))}
+    """Ours without what would lead grace elsewhere; the command may keep its bytecode, as it does for a user."""
+    unwanted = ("GRACE_", "XDG_", "NOTIFY_", "WATCHDOG_", "PYTHONDONTWRITEBYTECODE")
+    return {key: value for key, value in os.environ.items() if not key.startswith(unwanted)}
 
 
 def by_library(db: Path, text: str) -> list[list[Any]]:
