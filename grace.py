@@ -8082,6 +8082,8 @@ def consent_approve(app: App, id: str | None, group: str | None, once: bool, cod
     """Say yes to a request, with the key that only your passphrase unlocks."""
     if (id is None) == (in_file is None):
         raise UsageError("name a consent's ID, or --in FILE")
+    if (out is not None and in_file is None) or (note is not None and in_file is not None):
+        raise UsageError("--out goes with --in FILE, and --note does not")
     if in_file is not None:
         approve_elsewhere(app, in_file, out, group, code, approver, passphrase_file)
         return

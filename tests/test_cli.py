@@ -283,7 +283,8 @@ def test_exit_codes_of_the_vault(place: Place) -> None:
         assert done.error["code"] == code, words
         if code != "usage":
             plain = place.call(*words)
-            assert (plain.status, plain.out) == (status, "") and f"grace: {done.error['message']}" in plain.err.splitlines(), (words, plain.err)
+            said, wanted = (re.sub(r"consent_[0-9a-z]+", "ID", text) for text in (plain.err, done.error["message"]))
+            assert (plain.status, plain.out) == (status, "") and f"grace: {wanted}" in said.splitlines(), (words, plain.err)
     late = place.call("consent", "wait", consent, "--timeout", "50ms", "--json")
     assert (late.status, late.json["consent_status"], late.err) == (6, "pending", "")
     place.ok("consent", "deny", consent, "--reason", "no")
@@ -548,7 +549,8 @@ def shop_vault(place: Place, service: str = "shop", who: str = "bot", purpose: s
     return [place.json(*asked)["consent_id"] for _ in range(requests)]
 
 
-LONG_TEXTS = [("漢字" * 100, "w" * 128, "p" * 2000), ("e\u0301" * 100, "漢" * 128, "字" * 2000), ("https://git.example.org/" + "x" * 150, "bot", "look " * 200)]
+LONG_TEXTS = [("漢字" * 100, "w" * 128, "p" * 2000), ("e\u0301" * 100, "漢" * 128, "字" * 2000),
+              ("https://git.example.org/" + "x" * 150, "bot", "look " * 199 + "look")]
 
 
 @pytest.mark.parametrize("service, who, purpose", LONG_TEXTS, ids=["wide", "combining", "long"])
