@@ -15,6 +15,7 @@ The file reads downwards; a section uses only those above it (`grep -n '^# ===' 
     audit         leaves chained by hash
     vault         keys, rosters, sealed values
     consent       asking, approving, opening
+    doctor        what is wrong or weak on this machine
     queue         rows of handlers, tasks and attempts
     ladder        what is due, and the steps
     learning      outcomes and totals
@@ -2261,6 +2262,62 @@ def anchor(tx: Tx, approver: Approver) -> None:
     tx.run(PUT_ANCHOR, document=canonical(document).decode(), signature=approver.keys.sign(statement("anchor", document)))
 
 
+def holders(header: Row, group: str) -> list[str]:
+    """The members of a group who hold parts of the data key, in order; empty when it only signs."""
+    return next((list(part["members"]) for part in header["policy"]["all"] if part["group"] == group), [])
+
+
+def gone_header(vault: Vault, entry: Row | None, options: Row) -> Row | None:
+    """The header of a value that was removed, if it is the one that was seen last: a new value is not sealed with less than it had."""
+    if entry is None or not vault.was_owned(vault.store, entry["secret_key"]):
+        return None
+    with contextlib.suppress(RefusedError, ValueError):
+        header = shaped(parse_canonical(entry["header"]), HEADER_SHAPE, "a header")
+        if not odd_policy(header["policy"]) and vault.seen.secrets.get(entry["secret_key"], [0, ""])[:2] == [entry["version"], hash_of("header", header)]:
+            return header
+    if options.get("risk") and options.get("policy"):
+        return None
+    raise UsageError(f"what {entry['secret_key']} was sealed with before it was removed is not known any more", "say it anew: --risk and --policy")
+
+
+def refuse_takeover(approver: Approver, before: Row | None) -> None:
+    """A new version comes from whoever sealed the last one, or from one of its users."""
+    mine = approver.keys.fingerprint
+    if before is not None and before["risk"] != "low" and mine != before["owner"] and mine not in holders(before, "user"):
+        raise DeniedError(f"{approver.name} neither owns {before['key']} nor is one of its users", "let one of them store it: --owner NAME")
+
+
+def resealed_low(store: Store, entry: Row, person: Approver, machine: Keys, roster: Row) -> Row:
+    """A secret of low risk, opened with the approver's own part and sealed by another machine key."""
+    header = check_seal(entry["header"], sha256(bytes(entry["sealed"])), bytes(entry["signature"]), person.vault_id, person.roster)
+    shares = store.all(SHARES_OF, key=entry["secret_key"], version=entry["version"])
+    value = open_value(header, bytes(entry["sealed"]), own_shares(person.keys, entry, header, shares))
+    return seal(machine, next_header(person.vault_id, roster, header["key"], header, entry["version"] + 1, {}, clock()), value, roster)
+
+
+def secret_document(vault: Vault, entry: Row) -> Row:
+    """A version of a secret without its value."""
+    try:
+        header = vault.checked(vault.store, entry)
+        verified = not (vault.seen.odd_version(header) or vault.seen.ahead_of(header["key"], vault.store.one(NEWEST_VERSION, key=header["key"])))
+    except RefusedError:
+        header, verified = fitting(stored_object(entry["header"])), False
+    owner = (
+        "machine"
+        if header.get("owner") == fingerprint(vault.roster["machine"])
+        else (person_of(vault.roster, str(header.get("owner"))) or {"name": None})["name"]
+    )
+    return {
+        "secret_key": entry["secret_key"], "version": entry["version"], "secret_type": header.get("type"), "service": header.get("service"),
+        "username": header.get("username"), "risk_level": header.get("risk"), "action_risks": header.get("action_risks"), "owner": owner,
+        "policy": policy_text(header["policy"]) if not odd_policy(header.get("policy")) else None, "same_person": header.get("same_person"),
+        "allow_standing": header.get("allow_standing"), "verified": verified if entry["sealed"] is not None else None,
+        "rotate_reason": entry["rotate_reason"], "rotate_every_ms": header.get("rotate_every"), "rotate_with": header.get("rotate_with"),
+        "created_at": format_instant(entry["created_at"]), "expires_at": format_instant(header.get("expires")),
+        "removed_at": format_instant(entry["removed_at"]),
+    }  # fmt: skip
+
+
 # =====================================================================================================================
 # consent
 # One request to use one secret for one action, and what becomes of it. Approvers sign the request as its requester wrote
@@ -2327,11 +2384,6 @@ def required_groups(header: Row, risk: str) -> dict[str, int]:
     """How many of each group must sign: as the header's policy says, and what the risk asks for besides."""
     needed = {group["group"]: group["threshold"] for group in header["policy"]["all"] if group["group"] != "machine"}
     return {**dict.fromkeys(RISK_NEEDS[risk], 1), **needed}
-
-
-def holders(header: Row, group: str) -> list[str]:
-    """The members of a group who hold parts of the data key, in order; empty when it only signs."""
-    return next((list(part["members"]) for part in header["policy"]["all"] if part["group"] == group), [])
 
 
 def may_sign(header: Row, request: Row, roster: Row, group: str) -> list[str]:
@@ -2526,7 +2578,7 @@ class Asking:
             refuse_floods(tx, requester)
         self.consent_id = new_id("consent", tx.now)
         claimed = {"by": spec["by"], "for": spec["purpose"], "action": spec["action"], "user": spec["user"], "context": spec["context"]}
-        user = choose_user(self.vault.roster, header, spec["user"], spec["login"]) if self.risk != "low" else None
+        user = choose_user(self.vault.roster, header, spec["user"], spec["login"])
         self.request = {
             "format": "grace-request/1", "vault_id": self.vault.id, "consent_id": self.consent_id, "key": header["key"], "version": header["version"],
             "header": hash_of("header", header), "sealed": sha256(bytes(entry["sealed"])), "mode": spec["mode"],
@@ -2698,7 +2750,7 @@ class Review:
             raise RefusedError("the request belongs to another consent")
         self.audit = self._place_in_log()
         if self.audit[0] < approver.seen.audit[0] or (self.audit[0] == approver.seen.audit[0] and self.audit != approver.seen.audit):
-            raise RefusedError("rolled back: the audit log is not the one seen before")
+            raise RefusedError("rolled back: the audit log is not the one seen before", f"if it was only exported too long ago, {EXPORT_ANEW}")
         if now >= self.request["answer_by"]:
             raise ConflictError(f"{case['consent_id']} has expired unanswered")
         given = [{**row, "signature": from_b64(row["signature"], "a signature")} for row in case["grants"]]
@@ -3070,6 +3122,155 @@ def consent_document(reader: Reader, row: Row) -> Row:
         "revocation_reason": row["revocation_reason"], "context": json.loads(claimed["context"]), "task_id": row["task_id"],
         "observed": {"reported": request["reported"], "verified": json.loads(row["observed"])},
     }  # fmt: skip
+
+
+ANCHOR_SHAPE: Fields = {"format": TEXT, "vault_id": TEXT, "approver": TEXT, "size": NUMBER, "head": TEXT, "at": NUMBER}
+
+
+def signed_heads(store: Store) -> Iterator[Row]:
+    """What approvers have signed of the log: size, head, fingerprint, and the bytes and signature to check.
+
+    What has not the shape of a signed statement comes as one that nobody has signed."""
+    stored = [(row, "anchor", ANCHOR_SHAPE) for row in store.all(ALL_ANCHORS)] + [(row, "grant-signature", GRANT_SHAPE) for row in store.all(ALL_GRANTS)]
+    for row, label, shape in stored:
+        try:
+            document = shaped(parse_canonical(row["document"]), shape, "a signed statement")
+        except (ValueError, RefusedError):
+            document = {"size": 0, "head": NO_HEAD[1], "approver": ""}
+        text = statement(label, document if label == "anchor" else [document, row["wrap_hash"]])
+        yield {"size": document["size"], "head": document["head"], "approver": document["approver"], "text": text, "signature": bytes(row["signature"])}
+
+
+def verify_log(store: Store, roster: Row, pins: dict[str, tuple[int, str]]) -> Row:
+    """Every leaf against the one before it, and the chain against what was signed or seen; the findings in words."""
+    findings, size, head, hashes = [], 0, NO_HEAD[1], {}
+    for row in all_leaves(store):
+        if problem := odd_leaf(row, size, head):
+            findings.append(problem)
+        size, head = row["seq"], row["hash"]
+        hashes[size] = head
+    anchored = 0
+    people = {fingerprint(person): person for person in roster["approvers"]}
+    for signed in signed_heads(store):
+        person = people.get(signed["approver"])
+        if person is None or not signed_by(person, signed["signature"], signed["text"]):
+            findings.append(f"the signature under size {signed['size']} does not hold")
+        elif hashes.get(signed["size"]) != signed["head"]:
+            findings.append(f"the log was cut or rewritten: {person['name']} has signed another leaf {signed['size']}")
+        else:
+            anchored = max(anchored, signed["size"])
+    for name, (seen_size, seen_head) in pins.items():
+        if seen_size and hashes.get(seen_size) != seen_head:
+            findings.append(f"the log was cut or rewritten: {name} has seen another leaf {seen_size}")
+        else:
+            anchored = max(anchored, seen_size)
+    return {"ok": not findings, "size": size, "head": head, "anchored": anchored, "checked_against": ["signed grants and anchors", *pins], "findings": findings}
+
+
+# =====================================================================================================================
+# doctor
+# What is wrong or weak on this machine, found by looking: who can change the program, what the kernel lets others see,
+# where keys and database lie, and whether what is stored still holds. Each finding says what to do.
+
+GUARANTEES = (
+    ("mathematics", "which people, and how many of each group, must take part before a secret of medium risk or above opens"),
+    ("mathematics", "that a value, its risk, its policy, its version and its owner are as the owner signed them"),
+    ("mathematics", "that a single-use approval dies with the process that asked, and names exactly that request"),
+    ("the program", "time-outs, uses, expiry, raised risk, and that the audit leaf is there: code that anyone with the file can go round"),
+    ("the program", "who a requester says that he is, and the rollback of single rows that nobody has seen newer"),
+    ("nothing", "against a program running as you that lies in wait for your passphrase, against root, or against a guessable passphrase"),
+    ("nothing", "against whoever has been given a value: only a new one helps"),
+    ("nothing", "an approval against going to whoever wrote the request, unless the code is compared"),
+    ("nothing", "for secrets of low risk, and for approvals left to be collected: the machine's key on this disk opens them"),
+)
+SYNCED = r"(?i)/(dropbox|onedrive|google ?drive|gdrive|nextcloud|owncloud|icloud[^/]*|mobile documents|syncthing|pcloud)(/|$)"
+Finding = tuple[str, str, str, str]  # level (problem, risk, note), code, message, hint
+
+
+def program_findings() -> Iterator[Finding]:
+    """Who besides you and root could change the program that asks for your passphrase."""
+    for start in (os.path.abspath(__file__), os.path.realpath(sys.executable), os.path.abspath(sys.argv[0])):
+        yield from path_findings(start)
+
+
+def path_findings(path: str) -> Iterator[Finding]:
+    """Who may write a file, or any directory above it."""
+    while True:
+        with contextlib.suppress(OSError):
+            facts = os.stat(path)
+            if facts.st_uid not in (0, os.geteuid()):
+                yield ("problem", "program_of_another", f"{path} belongs to user {facts.st_uid}, who can replace what asks for your passphrase",
+                       "install grace for yourself, or as root")  # fmt: skip
+            elif facts.st_mode & 0o022 and not facts.st_mode & stat.S_ISVTX:
+                yield "problem", "program_writable", f"{path} can be written by others (mode {stat.S_IMODE(facts.st_mode):o})", f"chmod go-w {path}"
+        if path == os.path.dirname(path):
+            return
+        path = os.path.dirname(path)
+
+
+def machine_findings() -> Iterator[Finding]:
+    """What this system lets other programs see."""
+    if os.geteuid() == 0:
+        yield "risk", "runs_as_root", "you are root, and so is every program of yours: nothing is hidden from them", "use an account of your own"
+    for path, bad, code, message, hint in (
+        ("/proc/sys/kernel/yama/ptrace_scope", "0", "ptrace", "a program of yours may read the memory of another one that does not protect itself",
+         "sysctl kernel.yama.ptrace_scope=1"),
+        ("/proc/sys/fs/suid_dumpable", "1", "core_dumps", "the kernel dumps the memory of protected programs, too", "sysctl fs.suid_dumpable=0"),
+    ):
+        with contextlib.suppress(OSError), open(path, encoding="ascii") as file:
+            if file.read().strip() == bad:
+                yield "risk", code, message, hint
+    with contextlib.suppress(OSError), open("/proc/swaps", encoding="utf-8") as file:
+        if len(file.read().splitlines()) > 1:
+            yield "note", "swap", "memory may be written to swap, and stay there", "encrypt the swap space"
+
+
+def place_findings(store: Store, vault: Vault) -> Iterator[Finding]:
+    """Where keys and database lie, and what lies beside them."""
+    here = [person["name"] for person in active(vault.roster) if os.path.exists(os.path.join(vault.folder, f"{person['name']}.key"))]
+    if here:
+        yield ("risk", "keys_with_database", f"the key of {' and '.join(here)} lies on the machine and under the user that the requests come from",
+               "keep it elsewhere: grace approver export NAME, then grace consent export ID and grace consent import FILE")  # fmt: skip
+    for what, path in (("the database", store.path), ("the key files", vault.folder)):
+        if re.search(SYNCED, path):
+            yield ("problem", "synced_folder", f"{what} lies in a folder that is copied to other machines: {path}",
+                   "move it, or leave it out of the synchronisation")  # fmt: skip
+    home = os.path.expanduser("~") + os.sep
+    if store.path.startswith(home) and vault.folder.startswith(home):
+        yield ("risk", "one_backup_set", "database and machine key lie below the same home: a backup of both opens low risk and what waits to be collected",
+               f"leave {vault.folder} out of the backup, and keep it by itself")  # fmt: skip
+    for folder in {os.path.dirname(store.path), vault.folder}:
+        for name in sorted(os.listdir(folder)):
+            if re.search(r"(?i)pass(word|phrase|wd)", name):
+                yield "risk", "passphrase_file", f"{os.path.join(folder, name)} looks like a passphrase file", "delete it, or keep it on another medium"
+
+
+def vault_findings(store: Store, vault: Vault) -> Iterator[Finding]:
+    if vault.older:
+        yield "problem", "rolled_back", "this machine has seen a newer list of approvers", "after a restored copy: grace audit anchor --accept"
+    log = verify_log(store, vault.roster, {"this machine": vault.seen.audit})
+    for finding in log["findings"]:
+        yield "problem", "audit", finding, "if a copy was restored: grace audit anchor --accept"
+    if len(active(vault.roster)) == 1:
+        name = active(vault.roster)[0]["name"]
+        yield ("risk", "one_person", f"{name} is all approvers in one person: a lost passphrase is a lost vault, and nobody else has to agree",
+               "add one: grace approver add NAME --role user --role governance, then grace secret reshare KEY")  # fmt: skip
+    for entry in store.all(CURRENT_SECRETS):
+        document = secret_document(vault, entry)
+        if not document["verified"]:
+            yield "problem", "seal", f"{document['secret_key']} does not verify: somebody has changed it", "store it anew, with a new value"
+        if entry["rotate_reason"]:
+            key = document["secret_key"]
+            yield "risk", "rotate", f"{key} should get a new value: {entry['rotate_reason']}", f"grace secret rotate {key}"
+
+
+def secret_outlook(document: Row, keys_here: bool) -> Row:
+    """What stands between one secret and a program of the same user, on this machine."""
+    low = document["risk_level"] == "low"
+    return {"secret_key": document["secret_key"], "risk_level": document["risk_level"], "policy": document["policy"],
+            "opened_by": "the machine's key, which lies on this disk" if low else f"approvers' passphrases ({document['policy']})",
+            "best_step": "nothing; store it at medium risk if that is too little" if low else "keep the approver's key on another machine or under another user"
+            if keys_here else "nothing more here"}  # fmt: skip
 
 
 # =====================================================================================================================
@@ -7209,14 +7410,6 @@ def renew_machine(store: Store, name: str | None, source: str | None) -> Row:
             "machine_key_file": os.path.join(folder, "machine.key")}  # fmt: skip
 
 
-def resealed_low(store: Store, entry: Row, person: Approver, machine: Keys, roster: Row) -> Row:
-    """A secret of low risk, opened with the approver's own part and sealed by another machine key."""
-    header = check_seal(entry["header"], sha256(bytes(entry["sealed"])), bytes(entry["signature"]), person.vault_id, person.roster)
-    shares = store.all(SHARES_OF, key=entry["secret_key"], version=entry["version"])
-    value = open_value(header, bytes(entry["sealed"]), own_shares(person.keys, entry, header, shares))
-    return seal(machine, next_header(person.vault_id, roster, header["key"], header, entry["version"] + 1, {}, clock()), value, roster)
-
-
 def person_document(vault: Vault, person: Row) -> Row:
     return {"name": person["name"], "roles": person["roles"], "fingerprint": fingerprint(person), "added_at": format_instant(person["added"]),
             "removed_at": format_instant(person["removed"]), "key_here": os.path.exists(os.path.join(vault.folder, f"{person['name']}.key"))}  # fmt: skip
@@ -7421,12 +7614,9 @@ SECRET_OPTIONS = (
     opt("--risk", kind="risk", help="low, medium, high or critical [default: medium]."),
     opt("--action-risk", kind=Checked("risk", parse_action_risk), multiple=True, metavar="ACTION=RISK", help="A higher risk for one action (repeatable)."),
     opt("--policy", kind=Checked("policy", parse_policy), help="Who must take part: 'user:1 & governance:1', 'user:2of3', 'user:1(anna,ben)'."),
-    opt("--allow-standing", is_flag=True, default=None, help="Allow standing grants at high risk."),
     opt("--owner", kind="name", help="The approver who seals it [default: the login name]."),
     opt("--username", kind=Checked("text", text_of("a user name", 200)), help="The login that goes with it."),
     opt("--expires", "expires_ms", kind="duration", help="Refuse to open it after this long."),
-    opt("--rotate-every", "rotate_every", kind="duration", help="How often it should get a new value."),
-    opt("--rotate-with", kind="name", help="The handler that makes a new value."),
 )
 VALUE_OPTIONS = (opt("--value-file", metavar="FILE", help="Where the value is [default: stdin, or a hidden prompt]."),
                  opt("--raw", is_flag=True, help="Keep a trailing newline."))  # fmt: skip
@@ -7452,26 +7642,6 @@ def read_value(source: str | None, raw: bool, passphrase_source: str | None, key
             f"a value has 1 byte to 64 KiB, not {len(value) if len(value) <= MAX_SECRET else 'more'}", "it is read from stdin, --value-file or a prompt"
         )
     return value
-
-
-def gone_header(vault: Vault, entry: Row | None, options: Row) -> Row | None:
-    """The header of a value that was removed, if it is the one that was seen last: a new value is not sealed with less than it had."""
-    if entry is None or not vault.was_owned(vault.store, entry["secret_key"]):
-        return None
-    with contextlib.suppress(RefusedError, ValueError):
-        header = shaped(parse_canonical(entry["header"]), HEADER_SHAPE, "a header")
-        if not odd_policy(header["policy"]) and vault.seen.secrets.get(entry["secret_key"], [0, ""])[:2] == [entry["version"], hash_of("header", header)]:
-            return header
-    if options.get("risk") and options.get("policy"):
-        return None
-    raise UsageError(f"what {entry['secret_key']} was sealed with before it was removed is not known any more", "say it anew: --risk and --policy")
-
-
-def refuse_takeover(approver: Approver, before: Row | None) -> None:
-    """A new version comes from whoever sealed the last one, or from one of its users."""
-    mine = approver.keys.fingerprint
-    if before is not None and before["risk"] != "low" and mine != before["owner"] and mine not in holders(before, "user"):
-        raise DeniedError(f"{approver.name} neither owns {before['key']} nor is one of its users", "let one of them store it: --owner NAME")
 
 
 def say_holders(app: App, vault: Vault, fields: Row) -> None:
@@ -7515,29 +7685,6 @@ def seal_next(app: App, vault: Vault, key: str, value: bytes, options: Row, owne
     vault.learn_head(made["header"])
     shred(store)
     return secret_document(vault, stored)
-
-
-def secret_document(vault: Vault, entry: Row) -> Row:
-    """A version of a secret without its value."""
-    try:
-        header = vault.checked(vault.store, entry)
-        verified = not (vault.seen.odd_version(header) or vault.seen.ahead_of(header["key"], vault.store.one(NEWEST_VERSION, key=header["key"])))
-    except RefusedError:
-        header, verified = fitting(stored_object(entry["header"])), False
-    owner = (
-        "machine"
-        if header.get("owner") == fingerprint(vault.roster["machine"])
-        else (person_of(vault.roster, str(header.get("owner"))) or {"name": None})["name"]
-    )
-    return {
-        "secret_key": entry["secret_key"], "version": entry["version"], "secret_type": header.get("type"), "service": header.get("service"),
-        "username": header.get("username"), "risk_level": header.get("risk"), "action_risks": header.get("action_risks"), "owner": owner,
-        "policy": policy_text(header["policy"]) if not odd_policy(header.get("policy")) else None, "same_person": header.get("same_person"),
-        "allow_standing": header.get("allow_standing"), "verified": verified if entry["sealed"] is not None else None,
-        "rotate_reason": entry["rotate_reason"], "rotate_every_ms": header.get("rotate_every"), "rotate_with": header.get("rotate_with"),
-        "created_at": format_instant(entry["created_at"]), "expires_at": format_instant(header.get("expires")),
-        "removed_at": format_instant(entry["removed_at"]),
-    }  # fmt: skip
 
 
 def show_secret(app: App, document: Row) -> None:
@@ -8029,8 +8176,14 @@ def default_approver(vault: Vault, row: Row, name: str | None, group: str | None
 
 def judge(vault: Vault, approver: Approver, row: Row) -> tuple[Review, Row]:
     """A pending request as this approver may trust it, and what this machine sees of its process."""
+
+    def show(tx: Tx) -> Row:
+        if not extends(tx, approver.seen.audit):
+            raise RefusedError("rolled back: the audit log is not the one that this approver has seen")
+        return build_case(tx, row["consent_id"], approver.name)
+
     with refusals(vault.store, row["consent_id"], plain=False):
-        case = vault.store.write(lambda tx: build_case(tx, row["consent_id"], approver.name))
+        case = vault.store.write(show)
         review = Review(approver, case, clock())
     return review, observe(review.request["reported"], os.geteuid())
 
@@ -8349,49 +8502,6 @@ def audit_list(app: App, limit: int) -> None:
     app.show(documents, lambda: show_table(("SEQ", "AT", "WHAT", "ABOUT", "FACTS"), rows, "nothing yet"))
 
 
-ANCHOR_SHAPE: Fields = {"format": TEXT, "vault_id": TEXT, "approver": TEXT, "size": NUMBER, "head": TEXT, "at": NUMBER}
-
-
-def signed_heads(store: Store) -> Iterator[Row]:
-    """What approvers have signed of the log: size, head, fingerprint, and the bytes and signature to check.
-
-    What has not the shape of a signed statement comes as one that nobody has signed."""
-    stored = [(row, "anchor", ANCHOR_SHAPE) for row in store.all(ALL_ANCHORS)] + [(row, "grant-signature", GRANT_SHAPE) for row in store.all(ALL_GRANTS)]
-    for row, label, shape in stored:
-        try:
-            document = shaped(parse_canonical(row["document"]), shape, "a signed statement")
-        except (ValueError, RefusedError):
-            document = {"size": 0, "head": NO_HEAD[1], "approver": ""}
-        text = statement(label, document if label == "anchor" else [document, row["wrap_hash"]])
-        yield {"size": document["size"], "head": document["head"], "approver": document["approver"], "text": text, "signature": bytes(row["signature"])}
-
-
-def verify_log(store: Store, roster: Row, pins: dict[str, tuple[int, str]]) -> Row:
-    """Every leaf against the one before it, and the chain against what was signed or seen; the findings in words."""
-    findings, size, head, hashes = [], 0, NO_HEAD[1], {}
-    for row in all_leaves(store):
-        if problem := odd_leaf(row, size, head):
-            findings.append(problem)
-        size, head = row["seq"], row["hash"]
-        hashes[size] = head
-    anchored = 0
-    people = {fingerprint(person): person for person in roster["approvers"]}
-    for signed in signed_heads(store):
-        person = people.get(signed["approver"])
-        if person is None or not signed_by(person, signed["signature"], signed["text"]):
-            findings.append(f"the signature under size {signed['size']} does not hold")
-        elif hashes.get(signed["size"]) != signed["head"]:
-            findings.append(f"the log was cut or rewritten: {person['name']} has signed another leaf {signed['size']}")
-        else:
-            anchored = max(anchored, signed["size"])
-    for name, (seen_size, seen_head) in pins.items():
-        if seen_size and hashes.get(seen_size) != seen_head:
-            findings.append(f"the log was cut or rewritten: {name} has seen another leaf {seen_size}")
-        else:
-            anchored = max(anchored, seen_size)
-    return {"ok": not findings, "size": size, "head": head, "anchored": anchored, "checked_against": ["signed grants and anchors", *pins], "findings": findings}
-
-
 @command("audit verify", SIGNER, PASSPHRASE)
 def audit_verify(app: App, approver: str | None, passphrase_file: str | None) -> int:
     """Check the whole log against itself, what approvers have signed, and what this machine has seen."""
@@ -8486,106 +8596,6 @@ def audit_anchor(app: App, approver: str | None, passphrase_file: str | None, ac
 
 
 # ---- doctor
-
-
-GUARANTEES = (
-    ("mathematics", "which people, and how many of each group, must take part before a secret of medium risk or above opens"),
-    ("mathematics", "that a value, its risk, its policy, its version and its owner are as the owner signed them"),
-    ("mathematics", "that a single-use approval dies with the process that asked, and names exactly that request"),
-    ("the program", "time-outs, uses, expiry, raised risk, and that the audit leaf is there: code that anyone with the file can go round"),
-    ("the program", "who a requester says that he is, and the rollback of single rows that nobody has seen newer"),
-    ("nothing", "against a program running as you that lies in wait for your passphrase, against root, or against a guessable passphrase"),
-    ("nothing", "against whoever has been given a value: only a new one helps"),
-    ("nothing", "for secrets of low risk, and for approvals left to be collected: the machine's key on this disk opens them"),
-)
-SYNCED = r"(?i)/(dropbox|onedrive|google ?drive|gdrive|nextcloud|owncloud|icloud[^/]*|mobile documents|syncthing|pcloud)(/|$)"
-Finding = tuple[str, str, str, str]  # level (problem, risk, note), code, message, hint
-
-
-def program_findings() -> Iterator[Finding]:
-    """Who besides you and root could change the program that asks for your passphrase."""
-    for start in (os.path.abspath(__file__), os.path.realpath(sys.executable), os.path.abspath(sys.argv[0])):
-        yield from path_findings(start)
-
-
-def path_findings(path: str) -> Iterator[Finding]:
-    """Who may write a file, or any directory above it."""
-    while True:
-        with contextlib.suppress(OSError):
-            facts = os.stat(path)
-            if facts.st_uid not in (0, os.geteuid()):
-                yield ("problem", "program_of_another", f"{path} belongs to user {facts.st_uid}, who can replace what asks for your passphrase",
-                       "install grace for yourself, or as root")  # fmt: skip
-            elif facts.st_mode & 0o022 and not facts.st_mode & stat.S_ISVTX:
-                yield "problem", "program_writable", f"{path} can be written by others (mode {stat.S_IMODE(facts.st_mode):o})", f"chmod go-w {path}"
-        if path == os.path.dirname(path):
-            return
-        path = os.path.dirname(path)
-
-
-def machine_findings() -> Iterator[Finding]:
-    """What this system lets other programs see."""
-    if os.geteuid() == 0:
-        yield "risk", "runs_as_root", "you are root, and so is every program of yours: nothing is hidden from them", "use an account of your own"
-    for path, bad, code, message, hint in (
-        ("/proc/sys/kernel/yama/ptrace_scope", "0", "ptrace", "a program of yours may read the memory of another one that does not protect itself",
-         "sysctl kernel.yama.ptrace_scope=1"),
-        ("/proc/sys/fs/suid_dumpable", "1", "core_dumps", "the kernel dumps the memory of protected programs, too", "sysctl fs.suid_dumpable=0"),
-    ):
-        with contextlib.suppress(OSError), open(path, encoding="ascii") as file:
-            if file.read().strip() == bad:
-                yield "risk", code, message, hint
-    with contextlib.suppress(OSError), open("/proc/swaps", encoding="utf-8") as file:
-        if len(file.read().splitlines()) > 1:
-            yield "note", "swap", "memory may be written to swap, and stay there", "encrypt the swap space"
-
-
-def place_findings(store: Store, vault: Vault) -> Iterator[Finding]:
-    """Where keys and database lie, and what lies beside them."""
-    here = [person["name"] for person in active(vault.roster) if os.path.exists(os.path.join(vault.folder, f"{person['name']}.key"))]
-    if here:
-        yield ("risk", "keys_with_database", f"the key of {' and '.join(here)} lies on the machine and under the user that the requests come from",
-               "keep it elsewhere: grace approver export NAME, then grace consent export ID and grace consent import FILE")  # fmt: skip
-    for what, path in (("the database", store.path), ("the key files", vault.folder)):
-        if re.search(SYNCED, path):
-            yield ("problem", "synced_folder", f"{what} lies in a folder that is copied to other machines: {path}",
-                   "move it, or leave it out of the synchronisation")  # fmt: skip
-    home = os.path.expanduser("~") + os.sep
-    if store.path.startswith(home) and vault.folder.startswith(home):
-        yield ("risk", "one_backup_set", "database and machine key lie below the same home: a backup of both opens low risk and what waits to be collected",
-               f"leave {vault.folder} out of the backup, and keep it by itself")  # fmt: skip
-    for folder in {os.path.dirname(store.path), vault.folder}:
-        for name in sorted(os.listdir(folder)):
-            if re.search(r"(?i)pass(word|phrase|wd)", name):
-                yield "risk", "passphrase_file", f"{os.path.join(folder, name)} looks like a passphrase file", "delete it, or keep it on another medium"
-
-
-def vault_findings(store: Store, vault: Vault) -> Iterator[Finding]:
-    if vault.older:
-        yield "problem", "rolled_back", "this machine has seen a newer list of approvers", "after a restored copy: grace audit anchor --accept"
-    log = verify_log(store, vault.roster, {"this machine": vault.seen.audit})
-    for finding in log["findings"]:
-        yield "problem", "audit", finding, "if a copy was restored: grace audit anchor --accept"
-    if len(active(vault.roster)) == 1:
-        name = active(vault.roster)[0]["name"]
-        yield ("risk", "one_person", f"{name} is all approvers in one person: a lost passphrase is a lost vault, and nobody else has to agree",
-               "add one: grace approver add NAME --role user --role governance, then grace secret reshare KEY")  # fmt: skip
-    for entry in store.all(CURRENT_SECRETS):
-        document = secret_document(vault, entry)
-        if not document["verified"]:
-            yield "problem", "seal", f"{document['secret_key']} does not verify: somebody has changed it", "store it anew, with a new value"
-        if entry["rotate_reason"]:
-            key = document["secret_key"]
-            yield "risk", "rotate", f"{key} should get a new value: {entry['rotate_reason']}", f"grace secret rotate {key}"
-
-
-def secret_outlook(document: Row, keys_here: bool) -> Row:
-    """What stands between one secret and a program of the same user, on this machine."""
-    low = document["risk_level"] == "low"
-    return {"secret_key": document["secret_key"], "risk_level": document["risk_level"], "policy": document["policy"],
-            "opened_by": "the machine's key, which lies on this disk" if low else f"approvers' passphrases ({document['policy']})",
-            "best_step": "nothing; store it at medium risk if that is too little" if low else "keep the approver's key on another machine or under another user"
-            if keys_here else "nothing more here"}  # fmt: skip
 
 
 @command("doctor")

@@ -108,6 +108,14 @@ def test_a_low_secret_asks_nobody(vault: Place) -> None:
     assert (consent["consent_status"], consent["approval_method"], consent["risk_level"]) == ("used", "auto", "low")
 
 
+def test_nobody_is_asked_in_the_name_of_a_stranger(vault: Place) -> None:
+    """--user names an approver, also where nobody has to answer."""
+    for key in ("motd", "shop_token"):
+        done = vault.call("secret", "get", key, "--action", "read", "--for", "a test", "--user", "nobody", "--timeout", "1s")
+        assert done.status == 3 and "anna" in done.err
+    assert vault.json("consent", "history") == []
+
+
 def test_unknown_secrets_and_words(vault: Place) -> None:
     """A secret that is not there fails the run with 125, a malformed --secret is a usage error."""
     assert vault.call("run", "--secret", "A=nothing", "--", "true").status == 125
