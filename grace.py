@@ -3067,7 +3067,7 @@ def prompt_lines(review: Review, seen: Row, elsewhere: bool) -> list[str]:
         lines += ["  the process that asked is not running" + (" (it left its request to be collected)" if request["mode"] == "collect" else "")]
     else:
         lines += [f"  process   {reported['pid']} of user {seen['uid']} runs" + (" (your own user id)" if seen["requester_is_approver_uid"] else "")
-                  + "; only the code tells that it wrote this"]  # fmt: skip
+                  + "; did it ask? compare the code"]  # fmt: skip
         for above in seen["ancestors"]:
             known = f"sha256 {above['exe'][:16]}" if above["exe"] else "(its program may not be read)"
             lines += [f"  below     {above['pid']} {ascii_only(above['path'] or above['program'], 40)} {known}"]
