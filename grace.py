@@ -4,6 +4,9 @@ People and programs submit *intents* (a goal with a deadline). Each becomes a *t
 hierarchical task manager), run by a *handler* under its SLA: a warning at 80 %, an escalation at 100 %, a rescue at
 200 %. Everything that happens is an event in the same transaction as the change that it tells of.
 
+A vault keeps credentials sealed. Requesters get one only with the *consent* of people, whose passphrases unlock the keys
+that open it; what happens there is in an audit log chained by hash.
+
 The file reads downwards; a section uses only those above it (`grep -n '^# ===' grace.py` prints this map):
 
     words         version, exit codes, errors, the closed sets
