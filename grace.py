@@ -1525,6 +1525,10 @@ DROP_SHARES = "DELETE FROM secret_shares WHERE secret_key = :key"
 MARK_ROTATION = "UPDATE secret_entries SET rotate_reason = :reason WHERE secret_key = :key AND sealed IS NOT NULL"
 
 
+class WrongPassphraseError(DeniedError):
+    """A passphrase that does not unlock its key."""
+
+
 class RefusedError(DeniedError):
     """Something stored does not verify."""
 
@@ -1539,6 +1543,9 @@ def refusals(store: Store, subject: str, plain: bool) -> Iterator[None]:
     """What does not verify ends here: its exact cause goes into the audit log; a requester (`plain`) is not told it."""
     try:
         yield
+    except WrongPassphraseError:
+        store.write(lambda tx: record(tx, "approver.refused", subject, {"cause": "a wrong passphrase", "uid": os.geteuid()}))
+        raise
     except RefusedError as refusal:
         cause = refusal.cause
         store.write(lambda tx: record(tx, "vault.refused", subject, {"cause": cause}))
@@ -1861,7 +1868,7 @@ def unlocked_keys(document: Row, passphrase: bytes) -> tuple[Keys, bytes]:
         private = decrypted(secret, from_b64(document.get("private"), "the key"), statement("key-file", head))
         keys = Keys(private[:128])
     except RefusedError:
-        raise DeniedError("the passphrase is wrong, or the key file was changed", "try again") from None
+        raise WrongPassphraseError("the passphrase is wrong, or the key file was changed", "try again") from None
     if keys.public != document.get("public") or len(private) != 160:
         raise DeniedError("the key file was changed")
     return keys, private[128:]
@@ -7235,18 +7242,27 @@ def config_set(app: App, name: str, value: str) -> None:
         parsed = parse_setting(known_setting(name), value)
     except ValueError as error:
         raise UsageError(f"VALUE: {error}") from None
-    show_changed_setting(app, name, lambda tx: set_setting(tx, name, parsed))
+    show_changed_setting(app, name, lambda tx: set_setting(tx, name, parsed), parsed)
 
 
 @command("config unset", arg("name"))
 def config_unset(app: App, name: str) -> None:
     """Back to the default."""
-    show_changed_setting(app, known_setting(name), lambda tx: unset_setting(tx, name))
+    show_changed_setting(app, known_setting(name), lambda tx: unset_setting(tx, name), None)
 
 
-def show_changed_setting(app: App, name: str, change: Callable[[Tx], None]) -> None:
+def show_changed_setting(app: App, name: str, change: Callable[[Tx], None], value: Any) -> None:
+    """Change it and show it; a change of what consent and vault go by is in the audit log."""
+
+    def put(tx: Tx) -> None:
+        change(tx)
+        if name.startswith(("consent.", "vault.")) and tx.value(GET_VAULT):
+            record(tx, "setting.changed", name, {"value": None if value is None else str(value), "uid": os.geteuid()})
+
     store = app.store()
-    store.write(change)
+    store.write(put)
+    if store.value(GET_VAULT):
+        pin_head(store)
     document = setting_document(store, name)
     app.show(document, lambda: write_out(f"{name}  {document['value']}"))
 
@@ -7530,7 +7546,9 @@ def approver_passwd(app: App, name: str | None, new_passphrase_file: str | None,
     refuse_two_from_stdin(passphrase_file, new_passphrase_file)
     path = os.path.join(vault.folder, f"{name}.key")
     document = read_private(path, f"the key of {name}")
-    keys, seen_key = unlocked_keys(document, passphrase(passphrase_file, name))
+    typed = passphrase(passphrase_file, name)
+    with refusals(store, name, plain=False):
+        keys, seen_key = unlocked_keys(document, typed)
     facts = {"vault_id": vault.id, "name": name, "root": document["root"]}
     new = passphrase(new_passphrase_file, f"{name} from now on", True, "--new-passphrase-file")
     write_private(path, locked_keys(keys, seen_key, new, facts, setting(store, "vault.argon2_memory")))
@@ -7956,6 +7974,8 @@ def exec_command(app: App, cmd: tuple[str, ...], secrets: tuple[tuple[str, str, 
     before = harden()
     try:
         program = find_program(cmd[0], os.environ.get("PATH", os.defpath))
+        if via != "env":
+            os.close(memory_file(b""))  # before anybody is asked
         store, vault = open_vault(app)
         obtained = obtain(app, vault, specs)
         environment = dict(os.environ)
@@ -7991,8 +8011,6 @@ def hand_over(values: dict[str, bytes], via: str, environment: dict[str, str]) -
                 raise UsageError(f"the value for {name} holds a NUL byte, which no environment can", "hand it over with --via fd, stdin or file")
             environment[name] = os.fsdecode(value)
         return []
-    if not hasattr(os, "memfd_create"):
-        raise UsageError(f"--via {via} needs files in memory, which this system does not have", "use --via env")
     for name, value in values.items():
         fd = memory_file(value) if via == "file" else filled_pipe(value)
         if via == "stdin":
@@ -8003,10 +8021,34 @@ def hand_over(values: dict[str, bytes], via: str, environment: dict[str, str]) -
 
 
 def memory_file(value: bytes) -> int:
-    fd = os.memfd_create("grace-secret")
+    """A file without a name that never reaches a disk; UsageError where there is no place for one."""
+    try:
+        fd = os.memfd_create("grace-secret")
+    except (OSError, AttributeError):
+        fd = nameless_file(os.environ.get("XDG_RUNTIME_DIR", ""))
     os.write(fd, value)
     os.lseek(fd, 0, os.SEEK_SET)
     return fd
+
+
+def nameless_file(folder: str) -> int:
+    """A file of mode 0600 without a name on a file system in memory, for kernels that make none otherwise (open(2), O_TMPFILE)."""
+    if folder and in_memory(folder):
+        with contextlib.suppress(OSError, AttributeError):
+            return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_EXCL, 0o600)
+    raise UsageError("there is no place in memory for a file: neither the kernel's own kind nor a tmpfs at XDG_RUNTIME_DIR", "use --via env")
+
+
+def in_memory(folder: str) -> bool:
+    """Whether a directory lies on a file system that has no disk (proc_mounts(5))."""
+    try:
+        with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as file:
+            mounts = [line.split() for line in file]
+        here = os.stat(folder).st_dev
+        kinds = [kind for _, place, kind, *_ in mounts if os.path.exists(place) and os.stat(place).st_dev == here]
+    except (OSError, ValueError):
+        return False
+    return bool(kinds) and set(kinds) <= {"tmpfs", "ramfs"}
 
 
 def filled_pipe(value: bytes) -> int:
@@ -8070,6 +8112,7 @@ def consent_store(app: App) -> Store:
     store.overwrite_deleted()
     shred_if_due(store)
     if (store.one(CONSENTS_OVER, now=clock()) or not all(map(asker_lives, store.all(PENDING)))) and store.write(expire_consents):
+        shred(store)
         pin_head(store)
     return store
 
@@ -8347,6 +8390,7 @@ def consent_deny(app: App, id: str, reason: str) -> None:
     """Say no. It takes no passphrase, and is final."""
     store = consent_store(app)
     row = store.write(lambda tx: deny(tx, id, reason))
+    shred(store)
     pin_head(store)
     show_consent(app, store, row)
 
@@ -8356,6 +8400,7 @@ def consent_withdraw(app: App, id: str) -> None:
     """Take back a request of your own that nobody has answered."""
     store = consent_store(app)
     row = store.write(lambda tx: withdraw(tx, id))
+    shred(store)
     pin_head(store)
     show_consent(app, store, row)
 
@@ -8505,11 +8550,32 @@ def audit_list(app: App, limit: int) -> None:
     app.show(documents, lambda: show_table(("SEQ", "AT", "WHAT", "ABOUT", "FACTS"), rows, "nothing yet"))
 
 
-@command("audit verify", SIGNER, PASSPHRASE)
-def audit_verify(app: App, approver: str | None, passphrase_file: str | None) -> int:
+def exported_heads(source: str) -> tuple[int, str]:
+    """The newest size and head of the log that an earlier `audit export`, or the document of `audit anchor --json`, holds."""
+    heads = []
+    try:
+        with open(0 if source == "-" else source, "rb", closefd=source != "-") as file:
+            for number, line in enumerate(file, 1):
+                fact = parse_json(line.decode())
+                if not isinstance(fact, dict):
+                    raise ValueError(f"line {number} is no object")
+                size, head = fact.get("size", fact.get("seq")), fact.get("head", fact.get("hash"))
+                if type(size) is int and isinstance(head, str):
+                    heads.append((size, head))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--against: {printable(source)} is no export of an audit log: {getattr(error, 'strerror', None) or error}") from None
+    if not heads:
+        raise UsageError(f"--against: {printable(source)} holds no head of an audit log", "keep one with: grace audit export, or grace audit anchor --json")
+    return max(heads)
+
+
+@command("audit verify", SIGNER, PASSPHRASE,
+         opt("--against", metavar="FILE", multiple=True, help="An earlier `audit export`, or `audit anchor --json`, kept elsewhere (repeatable)."))  # fmt: skip
+def audit_verify(app: App, approver: str | None, passphrase_file: str | None, against: tuple[str, ...]) -> int:
     """Check the whole log against itself, what approvers have signed, and what this machine has seen."""
+    heads = {printable(source): exported_heads(source) for source in against}
     store, vault = open_vault(app)
-    pins = {"this machine": vault.seen.audit}
+    pins = {"this machine": vault.seen.audit, **heads}
     if passphrase_file is not None:
         name = choose_approver(vault, approver)
         harden()

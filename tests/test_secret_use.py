@@ -6,6 +6,8 @@ import base64
 import json
 import os
 import random
+import subprocess
+import tempfile
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Place, until
+from tests.conftest import GRACE, Place, need, until
 
 VALUE = "canary-31b7/+=&x"
 FLOOR = str(64 << 20)
@@ -171,6 +173,35 @@ def test_a_secret_that_begins_like_another_one(module: Any) -> None:
     scrubber = module.Scrubber({"SHORT": b"abcd-1234", "LONG": b"abcd-1234-5678-9012"})
     out = b"".join(scrubber.feed(bytes([byte])) for byte in b"x abcd-1234-5678-9012 y abcd-1234 z") + scrubber.feed(b"", last=True)
     assert out == b"x [secret LONG] y [secret SHORT] z"
+
+
+# ---- a file in memory
+
+
+def exec_without_memfd(vault: Place, runtime: Path, command: str) -> tuple[int, str, str]:
+    """`exec --via file` on a kernel that makes no memfd, as far as this process can tell."""
+    need("strace")
+    inject = ("strace", "-f", "-qq", "-o", os.devnull, "-e", "trace=memfd_create", "-e", "inject=memfd_create:error=ENOSYS")
+    done = subprocess.run([*inject, GRACE, "exec", "--via", "file", "--secret", "WHERE=motd", "--", "sh", "-c", command], capture_output=True, text=True,
+                          env={**vault.environment, "XDG_RUNTIME_DIR": str(runtime)}, timeout=60, check=False)  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_file_without_memfd_lies_on_a_tmpfs_and_has_no_name(vault: Place) -> None:
+    """Where the kernel makes no file in memory, the runtime directory does, if it is on a tmpfs; nothing stays there."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as runtime:
+        status, out, err = exec_without_memfd(vault, Path(runtime), 'stat -L -c %a "$WHERE"; cat "$WHERE"')
+        assert (status, out) == (0, "600\nhello world"), err
+        assert not any(path.is_file() for path in Path(runtime).rglob("*"))
+
+
+def test_no_file_on_a_disk_instead(vault: Place) -> None:
+    """Without a place in memory the command is not run, nobody is asked, and the value is used up by nobody."""
+    if os.stat(vault.folder).st_dev == os.stat("/dev/shm").st_dev:
+        pytest.skip("needs a temporary directory on a disk")
+    status, out, err = exec_without_memfd(vault, vault.folder, "echo ran")
+    assert (status, out) == (125, "") and "no place in memory" in err and "--via env" in err
+    assert vault.json("consent", "history") == []
 
 
 # ---- doctor

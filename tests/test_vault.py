@@ -1074,7 +1074,7 @@ def test_a_changed_passphrase_counts_and_the_old_one_does_not(module: Any, vault
     assert stat.S_IMODE(key_of(vault_place).stat().st_mode) == 0o600
     assert json.loads(old)["kdf"]["salt"] != json.loads(key_of(vault_place).read_bytes())["kdf"]["salt"]
     with opened(module, vault_place) as store:
-        assert leaves(store)[-1]["kind"] == "approver.passwd"
+        assert [leaf["kind"] for leaf in leaves(store)][-2:] == ["approver.passwd", "approver.refused"]
 
 
 def test_an_approvers_key_travels_locked_and_is_not_installed_over_another(module: Any, vault_place: Place, tmp_path: Path, capfd: pytest.CaptureFixture[str],
@@ -1380,6 +1380,64 @@ def test_beyond_the_newest_head_a_rewritten_end_is_not_noticed_and_not_called_an
     assert (status, done["size"], done["anchored"]) == (0, seen[0] + 2, seen[0])
     put_leaves(vault_place, rewritten(rows, seen[0], lambda leaf: leaf.update(actor="nobody")))
     assert verified(vault_place)[0] == 1
+
+
+def test_an_exported_head_kept_elsewhere_shows_what_no_record_here_has_seen(vault_place: Place) -> None:
+    """Whoever rewrites the log and takes the machine's record back with it is found by an export, or one head, kept elsewhere."""
+    record = keys_folder(vault_place) / "machine.seen"
+    before = record.read_bytes()
+    for _ in range(2):
+        vault_place.ok("secret", "get", "open", "--action", "read", "--for", "a test")
+    elsewhere = vault_place.folder / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "whole").write_bytes(vault_place.ok("audit", "export").raw_out)
+    last = vault_place.ok("audit", "export").lines
+    newest = max((line for line in last if line["type"] == "leaf"), key=lambda line: line["seq"])
+    (elsewhere / "head").write_text(json.dumps({"size": newest["seq"], "head": newest["hash"]}))
+    for name in ("whole", "head"):
+        status, done = verified(vault_place, "--against", str(elsewhere / name))
+        assert (status, done["anchored"], done["checked_against"][-1]) == (0, newest["seq"], str(elsewhere / name))
+    rows = all_leaves(vault_place)
+    put_leaves(vault_place, rows[:-2])
+    record.write_bytes(before)
+    assert verified(vault_place)[0] == 0, "nothing here can tell"
+    for name in ("whole", "head"):
+        status, done = verified(vault_place, "--against", str(elsewhere / name))
+        assert status == 1 and any("has seen another leaf" in finding for finding in done["findings"])
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]\n", "no json", "\x00\xff", '{"size": "3", "head": "x"}'])
+def test_what_is_no_export_is_refused(vault_place: Place, text: str) -> None:
+    """A usage error that names the option; a file that is not there as well."""
+    (vault_place.folder / "odd").write_text(text, encoding="latin-1")
+    for name in ("odd", "not-there"):
+        done = vault_place.call("audit", "verify", "--against", str(vault_place.folder / name))
+        assert (done.status, done.out) == (2, "") and "--against" in done.err
+
+
+def test_a_wrong_passphrase_leaves_a_leaf(module: Any, vault_place: Place) -> None:
+    """Whoever guesses at a passphrase here is in the log, whichever command he tries it with."""
+    wrong = vault_place.folder / "guess.word"
+    wrong.write_text("a guess\n")
+    wrong.chmod(0o600)
+    tries = (("audit", "anchor", "--approver", "olga"), ("approver", "passwd", "olga", "--new-passphrase-file", str(wrong)),
+             ("audit", "verify", "--approver", "olga"), ("secret", "set", "mid", "--owner", "olga", "--value-file", str(wrong)))  # fmt: skip
+    for number, words in enumerate(tries, 1):
+        assert vault_place.call(*words, "--passphrase-file", str(wrong)).status == 5
+        with opened(module, vault_place) as store:
+            told = leaves(store, "approver.refused")
+        assert len(told) == number and (told[-1]["subject"], told[-1]["facts"]["cause"]) == ("olga", "a wrong passphrase")
+
+
+def test_a_changed_setting_of_the_vault_leaves_a_leaf(module: Any, vault_place: Place) -> None:
+    """What consent and vault go by is not changed unseen; other settings are nobody's business."""
+    for words in (("set", "consent.grant_for", "1h"), ("unset", "consent.grant_for"), ("set", "vault.argon2_memory", "67108864")):
+        vault_place.ok("config", *words)
+    vault_place.ok("config", "set", "queue.age_every", "5m")
+    with opened(module, vault_place) as store:
+        told = [(leaf["subject"], leaf["facts"]["value"]) for leaf in leaves(store, "setting.changed")]
+    assert told == [("consent.grant_for", "3600000"), ("consent.grant_for", None), ("vault.argon2_memory", "67108864")]
+    assert verified(vault_place)[0] == 0
 
 
 def test_forged_or_changed_anchors_are_found(module: Any, vault_place: Place) -> None:
