@@ -1516,8 +1516,9 @@ GET_VERSION = "SELECT * FROM secret_entries WHERE secret_key = :key AND version 
 VERSIONS_OF = "SELECT * FROM secret_entries WHERE secret_key = :key ORDER BY version"
 CURRENT_SECRETS = "SELECT * FROM secret_entries WHERE sealed IS NOT NULL ORDER BY secret_key"
 SHARES_OF = "SELECT * FROM secret_shares WHERE secret_key = :key AND version = :version ORDER BY seq"
-PUT_SECRET = """INSERT INTO secret_entries (secret_key, version, header, sealed, signature, created_at)
-  VALUES (:key, :version, :header, :sealed, :signature, :now)"""
+VERSIONS_BEFORE = "SELECT * FROM secret_entries WHERE secret_key = :key AND version < :version ORDER BY version DESC LIMIT :n"
+PUT_SECRET = """INSERT INTO secret_entries (secret_key, version, header, sealed, sealed_hash, signature, created_at)
+  VALUES (:key, :version, :header, :sealed, :sealed_hash, :signature, :now)"""
 PUT_SHARE = """INSERT INTO secret_shares (secret_key, version, group_name, member, share_index, wrap)
   VALUES (:key, :version, :group, :member, :index, :wrap)"""
 EMPTY_VERSIONS = "UPDATE secret_entries SET sealed = NULL, removed_at = :now WHERE secret_key = :key AND sealed IS NOT NULL"
@@ -1815,9 +1816,13 @@ class Seen:
                 self.secrets[key] = [header["version"], hash_of("header", header), owned]
             self.save()
 
+    def version_of(self, key: str) -> int:
+        """The highest version of a secret that was seen; 0 for none."""
+        return int(self.secrets.get(key, [0])[0])
+
     def ahead_of(self, key: str, entry: Row | None) -> bool:
         """Whether a version was seen that is newer than the newest row."""
-        return bool(self.secrets.get(key, [0])[0] > (entry["version"] if entry else 0))
+        return self.version_of(key) > (entry["version"] if entry else 0)
 
     def odd_version(self, header: Row) -> str | None:
         """Why this version of a secret cannot be the newest, after what was seen; or None."""
@@ -1877,15 +1882,10 @@ def unlocked_keys(document: Row, passphrase: bytes) -> tuple[Keys, bytes]:
 # ---- the roster
 
 
-def follow_rosters(rows: list[Row], vault_id: str, root: str, seen: tuple[int, str]) -> Row:
-    """The newest list of approvers, each list signed by an approver of the one before, from the root on; RefusedError.
+def rosters_until(rows: list[Row], vault_id: str, root: str, seen: tuple[int, str]) -> list[Row]:
+    """All lists of approvers, each signed by an approver of the one before, from the root on; RefusedError.
 
     `root` is the hash of the first list; `seen` the newest number and hash known to whoever asks."""
-    return rosters_until(rows, vault_id, root, seen)[-1]
-
-
-def rosters_until(rows: list[Row], vault_id: str, root: str, seen: tuple[int, str]) -> list[Row]:
-    """All lists of approvers, verified."""
     current: Row | None = None
     verified: list[Row] = []
     for number, row in enumerate(rows, 1):
@@ -2009,6 +2009,9 @@ class Vault:
         header = self.checked(reader, entry)
         if problem := self.seen.odd_version(header):
             raise RefusedError(f"rolled back: {problem}")
+        before = past_versions(reader, header) if header["version"] > self.seen.version_of(key) else []
+        if problem := odd_succession(header, before, self.seen, self.id, self.rosters):
+            raise RefusedError(problem)
         return entry, header
 
     def checked(self, reader: Reader, entry: Row) -> Row:
@@ -2056,8 +2059,10 @@ def shaped(value: Any, shape: Fields, what: str) -> Row:
     return value
 
 
-def check_seal(text: str, sealed_hash: str, signature: bytes, vault_id: str, roster: Row) -> Row:
-    """The header that an approver, or for low risk the machine, has signed together with its sealed value; RefusedError."""
+def check_seal(text: str, sealed_hash: str, signature: bytes, vault_id: str, roster: Row, past: Iterable[Row] = ()) -> Row:
+    """The header that an approver, or for low risk the machine, has signed together with its sealed value; RefusedError.
+
+    `past`, all lists of approvers, is for a version that was replaced: its owner may have left since."""
     try:
         header = shaped(parse_canonical(text), HEADER_SHAPE, "a header")
     except ValueError as error:
@@ -2067,15 +2072,48 @@ def check_seal(text: str, sealed_hash: str, signature: bytes, vault_id: str, ros
     if problem := odd_policy(header["policy"]):
         raise RefusedError(f"{header['key']}: {problem}")
     this = hash_of("header", header)
-    by_machine = header["owner"] == fingerprint(roster["machine"])
-    owner = roster["machine"] if by_machine else person_of(roster, header["owner"])
-    if owner is None or (not by_machine and owner["removed"] is not None and this not in owner["keeps"]):
+    machine = next((known["machine"] for known in (roster, *past) if fingerprint(known["machine"]) == header["owner"]), None)
+    by_machine = machine is not None
+    owner = machine or person_of(roster, header["owner"])
+    if owner is None or (not by_machine and not past and owner["removed"] is not None and this not in owner["keeps"]):
         raise RefusedError(f"{header['key']} is sealed by a stranger")
     if not signed_by(owner, signature, statement("seal", [this, sealed_hash])):
         raise RefusedError(f"the seal of {header['key']} is broken")
     if by_machine != (header["risk"] == "low") or by_machine != (header["policy"]["all"][0]["group"] == "machine"):
         raise RefusedError(f"{header['key']} is sealed by the machine, which may seal low risk only" if by_machine else f"{header['key']}: an odd policy")
     return header
+
+
+PAST_VERSIONS = 200  # that are looked at, or carried to an approver elsewhere
+
+
+def past_versions(reader: Reader, header: Row) -> list[Row]:
+    """The versions before this one, newest first, with what their owners have signed."""
+    return [{"header": row["header"], "sealed": row["sealed_hash"], "seal": b64(bytes(row["signature"]))}
+            for row in reader.all(VERSIONS_BEFORE, key=header["key"], version=header["version"], n=PAST_VERSIONS)]  # fmt: skip
+
+
+def odd_succession(header: Row, before: list[Row], seen: Seen, vault_id: str, rosters: list[Row]) -> str | None:
+    """Why this version may not follow those before it, back to the one that was seen; or None.
+
+    The next version comes from the owner of the one before, or from one of its users; after low risk from any approver."""
+    after, pinned = header, seen.secrets.get(header["key"], [0, "", False])
+    machines = {fingerprint(roster["machine"]) for roster in rosters}
+    for row in before:
+        if after["version"] <= max(pinned[0], 1):
+            return None
+        try:
+            last = check_seal(row["header"], row["sealed"], from_b64(row["seal"], "a seal"), vault_id, rosters[-1], rosters)
+        except RefusedError as error:
+            return f"the version before version {after['version']} of {header['key']} does not hold: {error.cause}"
+        if (last["key"], last["version"]) != (header["key"], after["version"] - 1):
+            break
+        if last["version"] == pinned[0] and hash_of("header", last) != pinned[1]:
+            return f"version {last['version']} of {header['key']} is another one than the one seen before"
+        if last["owner"] not in machines and after["owner"] != last["owner"] and after["owner"] not in holders(last, "user"):
+            return f"version {after['version']} of {header['key']} is by somebody who neither owned the one before nor was one of its users"
+        after = last
+    return None if after["version"] <= max(pinned[0], 1) else f"the version before version {after['version']} of {header['key']} is missing"
 
 
 def build_policy(parts: list[Row], roster: Row) -> Row:
@@ -2175,7 +2213,7 @@ def put_version(tx: Tx, made: Row, kind: str) -> tuple[int, str]:
     tx.run(DROP_SHARES, key=header["key"])
     tx.run(EMPTY_VERSIONS, key=header["key"], now=tx.now)
     tx.run(PUT_SECRET, key=header["key"], version=header["version"], header=canonical(header).decode(), sealed=made["sealed"],
-           signature=made["signature"], now=tx.now)  # fmt: skip
+           sealed_hash=sha256(made["sealed"]), signature=made["signature"], now=tx.now)  # fmt: skip
     tx.many(PUT_SHARE, [{"key": header["key"], "version": header["version"], **share} for share in made["shares"]])
     emit(tx, "secrets.secret.rotated" if kind == "rotated" else "secrets.secret.stored", header["key"],
          {"secret_key": header["key"], "version": header["version"], "risk_level": header["risk"], "service": header["service"]})  # fmt: skip
@@ -2252,10 +2290,12 @@ class Approver:
         self.seen = Seen.of(os.path.join(folder, f"{name}.seen"), vault_id, name, key)
         self.vault_id = vault_id
         self.roster: Row = {}
+        self.rosters: list[Row] = []
 
     def meet(self, rosters: list[Row], accepting: bool = False) -> Approver:
         """Follow the lists of approvers from the first on; DeniedError when this key is not on the newest."""
-        self.roster = follow_rosters(rosters, self.vault_id, self.root, (0, "") if accepting else self.seen.roster)
+        self.rosters = rosters_until(rosters, self.vault_id, self.root, (0, "") if accepting else self.seen.roster)
+        self.roster = self.rosters[-1]
         person = person_of(self.roster, self.keys.fingerprint)
         if person is None or person["removed"] is not None:
             raise DeniedError(f"{self.name} is not an approver any more")
@@ -2379,10 +2419,11 @@ GRANT_SHAPE: Fields = {
     "size": NUMBER, "head": TEXT, "nonce": TEXT,
 }  # fmt: skip
 CASE_SHAPE: Fields = {
-    "format": TEXT, "consent_id": TEXT, "request": TEXT, "header": TEXT, "sealed": TEXT, "seal": TEXT, "leaf": TEXT, "rosters": (list,),
+    "format": TEXT, "consent_id": TEXT, "request": TEXT, "header": TEXT, "sealed": TEXT, "seal": TEXT, "before": (list,), "leaf": TEXT, "rosters": (list,),
     "shares": (list,), "grants": (list,), "earlier": (dict,),
 }  # fmt: skip
 CASE_PARTS: dict[str, Fields] = {
+    "before": {"header": TEXT, "sealed": TEXT, "seal": TEXT},
     "rosters": {"number": NUMBER, "document": TEXT, "signature": TEXT}, "shares": {"group": TEXT, "member": TEXT, "index": NUMBER, "wrap": TEXT},
     "grants": {"document": TEXT, "signature": TEXT, "wrap_hash": MAYBE_TEXT},
 }  # fmt: skip
@@ -2716,6 +2757,7 @@ def build_case(tx: Tx, consent_id: str, who: str, member: str | None = None) -> 
     return {
         "format": "grace-case/1", "consent_id": row["consent_id"], "request": row["request"], "header": entry["header"],
         "sealed": sha256(bytes(entry["sealed"])), "seal": b64(bytes(entry["signature"])), "leaf": leaf,
+        "before": past_versions(tx, {"key": row["secret_key"], "version": row["secret_version"]}),
         "rosters": [{"number": r["number"], "document": r["document"], "signature": b64(bytes(r["signature"]))} for r in tx.all(ROSTERS)],
         "shares": [{"group": s["group_name"], "member": s["member"], "index": s["share_index"], "wrap": b64(bytes(s["wrap"]))}
                    for s in tx.all(SHARES_OF, key=row["secret_key"], version=row["secret_version"]) if member in (None, s["member"])],
@@ -2755,6 +2797,8 @@ class Review:
         self.header = check_seal(case["header"], case["sealed"], from_b64(case["seal"], "a seal"), approver.vault_id, self.roster)
         if problem := approver.seen.odd_version(self.header):
             raise RefusedError(f"rolled back: {problem}")
+        if problem := odd_succession(self.header, case["before"], approver.seen, approver.vault_id, approver.rosters):
+            raise RefusedError(problem)
         self.request = checked_request(case["request"], self.header, case["sealed"], approver.vault_id)
         if self.request["consent_id"] != case["consent_id"]:
             raise RefusedError("the request belongs to another consent")
@@ -7489,6 +7533,7 @@ def change_roster(vault: Vault, signer: Approver, roster: Row, kind: str, name: 
 
     vault.store.write(put)
     signer.roster = vault.roster = roster
+    vault.rosters.append(roster)
     signer.learn(audit_head(vault.store))
     vault.seen.learn(roster=vault.roster_mark)
     vault.learn_head()

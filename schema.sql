@@ -291,6 +291,7 @@ CREATE TABLE secret_entries (
   version       INTEGER NOT NULL CONSTRAINT secret_version CHECK (version > 0),
   header        TEXT NOT NULL CONSTRAINT secret_header CHECK (json_valid(header)), -- canonical JSON
   sealed        BLOB,                             -- the encrypted value; NULL once replaced or removed
+  sealed_hash   TEXT NOT NULL CONSTRAINT secret_sealed_hash CHECK (length(sealed_hash) = 64), -- which the signature covers
   signature     BLOB NOT NULL CONSTRAINT secret_signature CHECK (length(signature) = 64),
   rotate_reason TEXT,                             -- why this version should be replaced
   created_at    INTEGER NOT NULL,
@@ -515,7 +516,7 @@ BEGIN
   SELECT RAISE(ABORT, 'rosters are append-only');
 END;
 
-CREATE TRIGGER secret_stays BEFORE UPDATE OF secret_key, version, header, signature, created_at ON secret_entries
+CREATE TRIGGER secret_stays BEFORE UPDATE OF secret_key, version, header, sealed_hash, signature, created_at ON secret_entries
 BEGIN
   SELECT RAISE(ABORT, 'a version of a secret never changes');
 END;

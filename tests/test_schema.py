@@ -46,8 +46,8 @@ def refusal(db: Path, text: str) -> str:
     return done.stderr
 
 
-ENTRY = "INSERT INTO secret_entries (secret_key, version, header, sealed, signature, created_at) " \
-        "VALUES ('{key}', {version}, '{{}}', x'00', zeroblob(64), 1)"  # fmt: skip
+ENTRY = "INSERT INTO secret_entries (secret_key, version, header, sealed, sealed_hash, signature, created_at) " \
+        "VALUES ('{key}', {version}, '{{}}', x'00', hex(zeroblob(32)), zeroblob(64), 1)"  # fmt: skip
 CONSENT = "INSERT INTO secret_consent_records (consent_id, secret_key, secret_version, consent_status, mode, request, requester, pid, boot_id, max_uses, " \
           "used_count, requested_at, expires_at, observed) " \
           "VALUES ('{id}', 'key', 1, '{status}', 'once', '{{}}', 'r', 1, 'b', 2, {used}, 1, 2, '[]')"  # fmt: skip
@@ -207,6 +207,7 @@ CHECKS = {
     "secret_key_length": ENTRY.format(key="", version=1),
     "secret_version": ENTRY.format(key="other", version=0),
     "secret_header": ENTRY.format(key="other", version=1).replace("'{}'", "'{'"),
+    "secret_sealed_hash": ENTRY.format(key="other", version=1).replace("(32)", "(31)"),
     "secret_signature": ENTRY.format(key="other", version=1).replace("(64)", "(63)"),
     "secret_removed_is_empty": "UPDATE secret_entries SET sealed = NULL",
     "share_group": "UPDATE secret_shares SET group_name = 'boss'",
@@ -365,7 +366,7 @@ def test_history_is_not_rewritten_by_replacing_its_rows(db: Path, table: str, wh
 
 
 @pytest.mark.parametrize(("table", "column", "value"), [
-    *(("secret_entries", name, value) for name, value in (("secret_key", "'x'"), ("version", "2"), ("signature", "randomblob(64)"), ("created_at", "2"))),
+    *(("secret_entries", name, value) for name, value in (("secret_key", "'x'"), ("version", "2"), ("sealed_hash", "'x'"), ("signature", "randomblob(64)"), ("created_at", "2"))),
     *(("secret_consent_records", name, value) for name, value in (("consent_id", "'x'"), ("secret_key", "'x'"), ("secret_version", "2"), ("mode", "'collect'"),
                                                                   ("max_uses", "3"), ("requested_at", "2"))),
     *(("consent_grants", name, value) for name, value in (("consent_id", "'x'"), ("group_name", "'governance'"), ("approver", "'x'"), ("document", "'[]'"),

@@ -408,16 +408,22 @@ def stolen(module: Any, place: Place) -> tuple[Any, Row]:
     return module.Keys(base64.b64decode(document["private"])), roster
 
 
-def forge(module: Any, place: Place, keys: Any, name: str, **fields: Any) -> None:
-    """Seal a value of the attacker's choice with his keys and put it in the place of a secret's newest version, whole."""
+def forge(module: Any, place: Place, keys: Any, name: str, following: bool = False, **fields: Any) -> None:
+    """Seal a value of the attacker's choice with his keys and put it in the place of a secret's newest version, whole, or after it."""
     _, roster = stolen(module, place)
     header = {**header_of(place, name), **fields}
     made = module.seal(keys, {field: value for field, value in header.items() if field not in ("owner", "suite", "commitment")}, b"forged", roster)
     header = {**made["header"], **{field: fields[field] for field in ("owner",) if field in fields}}
     signature = keys.sign(statement("seal", [hash_of("header", header), hashlib.sha256(made["sealed"]).hexdigest()]))
     with attacking(place.db) as con:
-        con.execute("UPDATE secret_entries SET header = ?, sealed = ?, signature = ?, version = ? WHERE secret_key = ? AND sealed IS NOT NULL",
-                    (canonical(header), made["sealed"], signature, header["version"], name))  # fmt: skip
+        row = (header["version"], canonical(header), made["sealed"], hashlib.sha256(made["sealed"]).hexdigest(), signature)
+        if following:
+            con.execute("UPDATE secret_entries SET sealed = NULL, removed_at = 1 WHERE secret_key = ? AND sealed IS NOT NULL", (name,))
+            con.execute("INSERT INTO secret_entries (secret_key, version, header, sealed, sealed_hash, signature, created_at) VALUES (?, ?, ?, ?, ?, ?, 1)",
+                        (name, *row))  # fmt: skip
+        else:
+            con.execute("UPDATE secret_entries SET version = ?, header = ?, sealed = ?, sealed_hash = ?, signature = ? "
+                        "WHERE secret_key = ? AND sealed IS NOT NULL", (*row, name))  # fmt: skip
         con.execute("DELETE FROM secret_shares WHERE secret_key = ?", (name,))
         for share in made["shares"]:
             con.execute("INSERT INTO secret_shares (secret_key, version, group_name, member, share_index, wrap) VALUES (?, ?, ?, ?, ?, ?)",
@@ -479,12 +485,12 @@ def test_nor_after_the_secret_was_removed(module: Any, vault_place: Place) -> No
 
 def test_a_low_secret_can_be_forged_by_the_machines_key_but_not_by_another(module: Any, vault_place: Place) -> None:
     """The limit that the documentation admits: who has the machine's key, has low risk. Nobody else has."""
-    forge(module, vault_place, module.Keys.new(), "open")
-    assert "stranger" in cause_of(module, vault_place, "open")
     machine, _ = stolen(module, vault_place)
-    forge(module, vault_place, machine, "open", version=2)
+    forge(module, vault_place, machine, "open", following=True, version=2)
     with opened(module, vault_place) as store:
         assert asked(module, store, "open").value() == b"forged"
+    forge(module, vault_place, module.Keys.new(), "open", following=True, version=3)
+    assert "stranger" in cause_of(module, vault_place, "open")
 
 
 def test_an_owners_header_with_a_machine_part_or_low_risk_is_refused(module: Any, vault_place: Place) -> None:
@@ -517,18 +523,63 @@ def test_rows_of_another_vault_are_refused(module: Any, vault_place: Place, tmp_
     assert (done.status, done.out) == (7, "")
 
 
+def sealed_by(module: Any, store: Any, approver: Any, name: str, roster: Row) -> Row:
+    """The next version of a secret, rightly sealed by an approver, whoever may be its owner."""
+    entry = store.one(module.NEWEST_VERSION, key=name)
+    fields = {**json.loads(entry["header"]), "version": entry["version"] + 1, "created": module.clock()}
+    return dict(module.seal(approver.keys, {field: fields[field] for field in fields if field not in ("owner", "suite", "commitment")}, b"planted", roster))
+
+
+def test_a_version_by_an_approver_who_neither_owned_nor_used_the_one_before_is_refused(module: Any, vault_place: Place) -> None:
+    """Another approver's key signs well, and still plants no value: nor with a version of his own between, nor with the older ones gone."""
+    vault_place.ok("secret", "set", "mine", "--policy", "user:1(olga)", *as_olga(vault_place), stdin=b"olga's own")
+    with opened(module, vault_place) as store:
+        vault = module.Vault(store)
+        ben = module.unlock(vault, "ben", word_file(vault_place, "ben"))
+        for _ in range(2):
+            made = sealed_by(module, store, ben, "mine", vault.roster)
+            store.write(lambda tx, made=made: module.store_version(tx, made, "stored", ben))
+            assert "neither owned the one before" in cause_of(module, vault_place, "mine")
+    with attacking(vault_place.db) as con:
+        con.execute("DELETE FROM secret_shares WHERE secret_key = 'mine' AND version < 3")
+        con.execute("DELETE FROM secret_entries WHERE secret_key = 'mine' AND version < 3")
+    assert "is missing" in cause_of(module, vault_place, "mine")
+
+
+def test_an_approver_elsewhere_follows_the_versions_from_the_one_that_he_has_seen(module: Any, vault_place: Place) -> None:
+    """Anna, who has seen the first version only, approves the fourth when each came from an owner or user of the one before, and not otherwise."""
+    vault_place.ok("secret", "set", "shared", "--policy", "user:1(olga,anna)", *as_olga(vault_place), stdin=b"first")
+    first = vault_place.call("consent", "request", "shared", "--action", "use", "--for", "a test", "--json").json["consent_id"]
+    vault_place.ok("consent", "approve", first, *signed_as(vault_place, "anna"))
+    for owner in ("anna", "olga", "anna"):
+        vault_place.ok("secret", "rotate", "shared", "--owner", owner, "--passphrase-file", word_file(vault_place, owner), stdin=b"next")
+    asked_now = vault_place.call("consent", "request", "shared", "--action", "use", "--for", "a test", "--json").json["consent_id"]
+    with opened(module, vault_place) as store:
+        anna = module.unlock(module.Vault(store), "anna", word_file(vault_place, "anna"))
+        case = store.write(lambda tx: module.build_case(tx, asked_now, "anna"))
+    assert len(case["before"]) == 3
+    anna.seen.secrets["shared"] = [1, hash_of("header", json.loads(case["before"][-1]["header"])), True]
+    assert module.Review(anna, case, module.clock()).header["version"] == 4
+    for odd in (case["before"][:1], [], [case["before"][1], *case["before"][1:]], [{**case["before"][0], "seal": case["before"][1]["seal"]}, *case["before"][1:]]):
+        with pytest.raises(module.RefusedError):
+            module.Review(anna, {**case, "before": odd}, module.clock())
+
+
 # ---- rollback of single rows
+
+
+VERSION_COLUMNS = "seq, secret_key, version, header, sealed, sealed_hash, signature, created_at"
 
 
 def put_early_rows_back(place: Place) -> None:
     """The first version of `mid` from the backup, in the place of all that there is of it now."""
     early = place.folder / "early.db"
-    entry = fetch(early, "SELECT seq, secret_key, version, header, sealed, signature, created_at FROM secret_entries WHERE secret_key = 'mid'")[0]
+    entry = fetch(early, f"SELECT {VERSION_COLUMNS} FROM secret_entries WHERE secret_key = 'mid'")[0]
     shares = fetch(early, "SELECT secret_key, version, group_name, member, share_index, wrap FROM secret_shares WHERE secret_key = 'mid'")
     with attacking(place.db) as con:
         con.execute("DELETE FROM secret_shares WHERE secret_key = 'mid'")
         con.execute("DELETE FROM secret_entries WHERE secret_key = 'mid'")
-        con.execute("INSERT INTO secret_entries (seq, secret_key, version, header, sealed, signature, created_at) VALUES (?, ?, ?, ?, ?, ?, ?)", entry)
+        con.execute(f"INSERT INTO secret_entries ({VERSION_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", entry)
         con.executemany("INSERT INTO secret_shares (secret_key, version, group_name, member, share_index, wrap) VALUES (?, ?, ?, ?, ?, ?)", shares)
 
 
