@@ -1411,6 +1411,7 @@ ALL_ANCHORS = "SELECT document, signature FROM audit_anchors ORDER BY seq"
 NO_HEAD: tuple[int, str] = (0, "0" * 64)
 LEAVES_OF = "SELECT seq, leaf, hash FROM audit_log WHERE json(leaf) ->> 'subject' = :subject ORDER BY seq LIMIT :n"
 AUDIT_PAGE = 1000
+AUDIT_LABEL = b"grace/audit/1\n"  # what statement() puts before a leaf
 
 
 def audit_head(reader: Reader) -> tuple[int, str]:
@@ -2188,20 +2189,24 @@ def share_info(header_hash: str, sealed_hash: str, group: str, member: str, inde
 
 
 def seal(keys: Keys, fields: Row, value: bytes, roster: Row) -> Row:
-    """A new version: header, sealed value, signature and shares. `fields` is the header without what is made here."""
+    """A new version: header, sealed value, signature and shares. `fields` is the header without what is made here.
+
+    `pieces`, the parts in clear, and `sign` are for standing consents that follow, and are stored nowhere."""
     parts = {group["group"]: os.urandom(32) for group in fields["policy"]["all"]}
     dek = functools.reduce(xor_bytes, parts.values(), bytes(32))
     header = {**fields, "owner": keys.fingerprint, "suite": SUITE, "commitment": commitment(dek)}
     sealed = encrypted(dek, pad(value), canonical(header))
     this, sealed_hash = hash_of("header", header), sha256(sealed)
     people = {fingerprint(person): person for person in [roster["machine"], *roster["approvers"]]}
-    shares = []
+    shares, pieces = [], {}
     for group in header["policy"]["all"]:
-        pieces = split_part(parts[group["group"]], group["threshold"], len(group["members"]))
-        for index, (member, piece) in enumerate(zip(group["members"], pieces, strict=True), 1):
+        split = split_part(parts[group["group"]], group["threshold"], len(group["members"]))
+        for index, (member, piece) in enumerate(zip(group["members"], split, strict=True), 1):
             wrap = wrap_to(people[member], piece, share_info(this, sealed_hash, group["group"], member, index))
             shares.append({"group": group["group"], "member": member, "index": index, "wrap": wrap})
-    return {"header": header, "sealed": sealed, "signature": keys.sign(statement("seal", [this, sealed_hash])), "shares": shares}
+            pieces[group["group"], index] = piece
+    return {"header": header, "sealed": sealed, "signature": keys.sign(statement("seal", [this, sealed_hash])), "shares": shares,
+            "pieces": pieces, "sign": keys.sign}  # fmt: skip
 
 
 def put_version(tx: Tx, made: Row, kind: str) -> tuple[int, str]:
@@ -2386,13 +2391,24 @@ NEXT_CONSENT_END = """SELECT COALESCE(grant_expires_at, expires_at) AS at FROM s
 LAST_ANSWERS = """SELECT consent_status, denied_at FROM secret_consent_records WHERE requester = :requester
   AND (denied_at IS NOT NULL OR (approved_at IS NOT NULL AND approval_method = 'approver')) ORDER BY seq DESC LIMIT 3"""
 PUT_CONSENT = """INSERT INTO secret_consent_records (consent_id, secret_key, secret_version, consent_status, mode, request, requester, pid,
-    pid_started, boot_id, ephemeral, task_id, max_uses, requested_at, expires_at, observed)
-  VALUES (:consent_id, :key, :version, 'pending', :mode, :request, :requester, :pid, :started, :boot, :ephemeral, :task_id, 1, :now,
+    pid_started, boot_id, ephemeral, task_id, standing_id, max_uses, requested_at, expires_at, observed)
+  VALUES (:consent_id, :key, :version, 'pending', :mode, :request, :requester, :pid, :started, :boot, :ephemeral, :task_id, :standing_id, :max_uses, :now,
     :expires_at, '[]')"""
 APPROVE = """UPDATE secret_consent_records SET consent_status = 'approved', approved_at = :now, grant_expires_at = :until,
     approval_method = :method WHERE consent_id = :id AND consent_status = 'pending'"""
 CLAIM_USE = """UPDATE secret_consent_records SET consent_status = 'used', used_count = used_count + 1, used_at = :now, ephemeral = NULL
   WHERE consent_id = :id AND consent_status = 'approved' AND used_count < max_uses"""
+USE_STANDING = """UPDATE secret_consent_records SET used_count = used_count + 1, used_at = :now,
+    consent_status = CASE WHEN used_count + 1 = max_uses THEN 'used' ELSE consent_status END
+  WHERE consent_id = :id AND mode = 'standing' AND consent_status = 'approved' AND (max_uses IS NULL OR used_count < max_uses)"""
+STANDING_OF = """SELECT * FROM secret_consent_records WHERE secret_key = :key AND mode = 'standing' AND consent_status = 'approved'
+  ORDER BY seq"""
+STANDING_FROM = """SELECT * FROM secret_consent_records WHERE mode = 'standing' AND consent_status = 'pending'
+  AND json(request) -> 'standing' ->> 'origin' = :id ORDER BY seq LIMIT 1"""
+PUT_STANDING_PART = """INSERT INTO standing_parts (consent_id, version, group_name, approver, wrap, signature)
+  VALUES (:id, :version, :group, :approver, :wrap, :signature)"""
+STANDING_PARTS_OF = "SELECT * FROM standing_parts WHERE consent_id = :id AND version = :version"
+DROP_STANDING_PARTS = "DELETE FROM standing_parts WHERE consent_id = :id"
 EXPIRE = """UPDATE secret_consent_records SET consent_status = 'expired', expired_reason = :reason, ephemeral = NULL
   WHERE consent_id = :id AND consent_status IN ('pending', 'approved')"""
 DENY = """UPDATE secret_consent_records SET consent_status = 'denied', denied_at = :now, denial_reason = :reason, ephemeral = NULL
@@ -2407,11 +2423,14 @@ EARLIER = """SELECT consent_status AS status, COUNT(*) AS n FROM secret_consent_
   WHERE secret_key = :key AND json(request) -> 'claimed' ->> 'by' = :by AND consent_id <> :id GROUP BY consent_status"""
 MAX_PENDING, MAX_PENDING_EACH, DENIALS = 20, 5, 3
 LONGEST_GRANT = DAY  # whatever a request asks for
+LONGEST_STANDING = 366 * DAY
 REQUEST_SHAPE: Fields = {
     "format": TEXT, "vault_id": TEXT, "consent_id": TEXT, "key": TEXT, "version": NUMBER, "header": TEXT, "sealed": TEXT, "mode": TEXT,
     "ephemeral": (dict, type(None)), "claimed": (dict,), "reported": (dict,), "risk": TEXT, "user": MAYBE_TEXT, "created": NUMBER, "answer_by": NUMBER,
     "grant_for": NUMBER, "nonce": TEXT,
 }  # fmt: skip
+STANDING_SHAPE: Fields = {**REQUEST_SHAPE, "standing": (dict,)}
+TERMS_SHAPE: Fields = {"uses": MAYBE_NUMBER, "action": TEXT, "by": TEXT, "follow": (bool,), "template": MAYBE_TEXT, "origin": MAYBE_TEXT}
 CLAIMED_SHAPE: Fields = {"by": TEXT, "for": TEXT, "action": TEXT, "user": MAYBE_TEXT, "context": TEXT}
 PUBLIC_SHAPE: Fields = {"hpke": TEXT, "sign": TEXT}
 GRANT_SHAPE: Fields = {
@@ -2449,11 +2468,17 @@ def may_sign(header: Row, request: Row, roster: Row, group: str) -> list[str]:
 def request_of(text: str) -> Row:
     """A request as it was written, with the shape of one; RefusedError otherwise."""
     try:
-        request = shaped(parse_canonical(text), REQUEST_SHAPE, "a request")
+        parsed = parse_canonical(text)
+        standing = parsed.get("format") == "grace-standing/1"
+        request = shaped(parsed, STANDING_SHAPE if standing else REQUEST_SHAPE, "a request")
         shaped(request["claimed"], CLAIMED_SHAPE, "a request")
         parse_json(request["claimed"]["context"])
     except ValueError as error:
         raise RefusedError(f"a request {error}") from None
+    if standing:
+        terms = shaped(request["standing"], TERMS_SHAPE, "a request")
+        if not {terms["action"], terms["by"]} <= {"exact", "prefix"} or (terms["uses"] is not None and terms["uses"] < 1):
+            raise RefusedError("a standing request has odd terms")
     if request["risk"] not in RISK_LEVELS or (request["ephemeral"] is None) != (request["risk"] == "low"):
         raise RefusedError("a request has no known risk, or no key to answer to")
     if request["ephemeral"] is not None:
@@ -2484,17 +2509,29 @@ def filed_request(reader: Reader, row: Row, header: Row, sealed_hash: str, vault
     request = checked_request(row["request"], header, sealed_hash, vault_id)
     reported = request["reported"]
     columns = (row["consent_id"], row["secret_key"], row["secret_version"], row["mode"], row["max_uses"], row["pid"], row["pid_started"], row["boot_id"])
-    said = (request["consent_id"], request["key"], request["version"], request["mode"], 1, *(reported.get(name) for name in ("pid", "started", "boot")))
+    said = (request["consent_id"], request["key"], request["version"], request["mode"], uses_of(request) or None,
+            *(reported.get(name) for name in ("pid", "started", "boot")))  # fmt: skip
     if columns != said:
         raise RefusedError("the row of the request says something else than the request")
-    check_story(reader, row["consent_id"], request)
+    check_story(reader, row, request)
     return request
+
+
+def uses_of(request: Row) -> int:
+    """How often it may be used; 0: as often as it comes, while it lasts."""
+    return (request["standing"]["uses"] or 0) if request["mode"] == "standing" else 1
+
+
+def lasts(request: Row) -> int:
+    """For how long an approval holds, in milliseconds."""
+    return min(int(request["grant_for"]), LONGEST_STANDING if request["mode"] == "standing" else LONGEST_GRANT)
 
 
 def checked_request(text: str, header: Row, sealed_hash: str, vault_id: str) -> Row:
     """A request that fits the header it names; RefusedError otherwise."""
     request = request_of(text)
-    if request["format"] != "grace-request/1" or request["vault_id"] != vault_id:
+    standing = request["mode"] == "standing"
+    if request["format"] != ("grace-standing/1" if standing else "grace-request/1") or request["vault_id"] != vault_id:
         raise RefusedError("a request is not of this vault")
     if (request["header"], request["sealed"]) != (hash_of("header", header), sealed_hash):
         raise RefusedError(f"{header['key']} was changed after this was asked for")
@@ -2502,9 +2539,20 @@ def checked_request(text: str, header: Row, sealed_hash: str, vault_id: str) -> 
         raise RefusedError("the request names another secret than its header")
     if request["risk"] != highest_risk(header["risk"], header["action_risks"].get(request["claimed"]["action"]), request["risk"]):
         raise RefusedError("the request says too low a risk")
-    if request["mode"] not in ("once", "collect") or (request["risk"] == "critical" and request["mode"] != "once"):
+    if request["mode"] not in ("once", "collect", "standing") or (request["risk"] == "critical" and request["mode"] != "once"):
         raise RefusedError("the mode of the request is not allowed for its risk")
+    if standing and (problem := no_standing(header, request["risk"], request["standing"]["template"] is not None)):
+        raise RefusedError(problem)
     return request
+
+
+def no_standing(header: Row, risk: str, template: bool) -> str | None:
+    """Why there is no standing consent for a use of this risk, or None."""
+    if risk == "medium" or (risk == "high" and header["allow_standing"] and not template):
+        return None
+    if risk == "high" and not template:
+        return f"{header['key']} is not sealed with --allow-standing, which a standing consent at high risk takes"
+    return f"a {'template' if template else 'standing consent'} is not for {risk} risk"
 
 
 def checked_grant(header: Row, request: Row, roster: Row, row: Row) -> Row:
@@ -2512,7 +2560,7 @@ def checked_grant(header: Row, request: Row, roster: Row, row: Row) -> Row:
     grant = grant_of(row["document"])
     if grant["format"] != "grace-grant/1" or grant["request"] != hash_of("request", request):
         raise RefusedError("a grant belongs to another request")
-    if (grant["mode"], grant["max_uses"]) != (request["mode"], 1) or grant["group"] not in required_groups(header, request["risk"]):
+    if (grant["mode"], grant["max_uses"]) != (request["mode"], uses_of(request)) or grant["group"] not in required_groups(header, request["risk"]):
         raise RefusedError("a grant says something else than was asked for")
     if (row.get("group_name", grant["group"]), row.get("approver", grant["approver"])) != (grant["group"], grant["approver"]):
         raise RefusedError("a grant is filed under another group or approver")
@@ -2529,6 +2577,8 @@ def checked_grant(header: Row, request: Row, roster: Row, row: Row) -> Row:
 
 def checked_grants(header: Row, request: Row, roster: Row, rows: list[Row]) -> list[Row]:
     """All grants of a request, each by another person within its group, and across groups unless one person may be both."""
+    if request["mode"] == "standing" and request["ephemeral"] != {name: roster["machine"][name] for name in PUBLIC_SHAPE}:
+        raise RefusedError("a standing request names another key than this machine's")
     grants = [checked_grant(header, request, roster, row) for row in rows]
     if len({(grant["group"], grant["approver"]) for grant in grants}) != len(grants):
         raise RefusedError("one approver signed twice for a group")
@@ -2544,22 +2594,34 @@ def missing_groups(header: Row, request: Row, grants: list[Row]) -> list[str]:
 ENDS = {"secret.used": "used", "consent.denied": "denied", "consent.revoked": "revoked", "consent.expired": "expired"}
 
 
-def check_story(reader: Reader, consent_id: str, request: Row) -> None:
-    """The log holds this request as it was filed, and no end of it: a row that somebody has put back or changed is refused."""
+def check_story(reader: Reader, row: Row, request: Row) -> None:
+    """The log holds this request as it was filed, no end of it, and no more uses than its row: what somebody has put back or changed is refused."""
+    consent_id = row["consent_id"]
     first = next(iter(reader.all(LEAVES_OF, subject=consent_id, n=1)), None)
     filed = stored_object(first["leaf"]) if first else {}
     if first is None or odd_leaf(first, first["seq"] - 1, str(filed.get("previous"))) or filed.get("kind") != "consent.requested":
         raise RefusedError("the log does not hold the request")
     if filed["facts"].get("request") != hash_of("request", request):
         raise RefusedError("the log says that something else was asked for")
-    size, head = first["seq"], first["hash"]
-    for row in all_leaves(reader, size):
-        if problem := odd_leaf(row, size, head):
-            raise RefusedError(f"the log is broken: {problem}")
-        size, head = row["seq"], row["hash"]
-        leaf = json.loads(row["leaf"])
+    uses = 0
+    for leaf in story_after(reader, first):
         if leaf["subject"] == consent_id and leaf["kind"] in ENDS:
             raise RefusedError(f"the log says that it was {ENDS[leaf['kind']]} already")
+        uses += leaf["kind"] == "secret.used" and leaf["facts"].get("standing") == consent_id
+    if request["mode"] == "standing" and uses != row["used_count"]:
+        raise RefusedError(f"the log says that it was used {uses} times, and its row {row['used_count']}")
+
+
+def story_after(reader: Reader, row: Row) -> Iterator[Row]:
+    """The leaves after this one, each shown to follow the one before it by the hash of its very bytes."""
+    size, head = row["seq"], row["hash"]
+    for other in all_leaves(reader, size):
+        leaf = stored_object(other["leaf"])
+        whole = sha256(AUDIT_LABEL + other["leaf"].encode()) == other["hash"] and other["seq"] == size + 1 and leaf.get("previous") == head
+        if not whole or not {"kind", "subject", "facts"} <= set(leaf) or not isinstance(leaf["facts"], dict):
+            raise RefusedError(f"the log is broken: {odd_leaf(other, size, head) or f'leaf {size + 1} has not the shape of one'}")
+        size, head = other["seq"], other["hash"]
+        yield leaf
 
 
 # ---- asking
@@ -2612,6 +2674,7 @@ class Asking:
         self.keys = Keys.new() if self.risk != "low" else None
         self.consent_id = ""
         self.request: Row = {}
+        self.answered = self.risk == "low"  # nobody has to be asked
         self.opened: bytes | None = None
         vault.store.write(self._file)
         vault.learn_head(self.header)
@@ -2624,26 +2687,24 @@ class Asking:
         entry = tx.one(NEWEST_VERSION, key=spec["key"])
         if entry is None or entry["version"] != header["version"] or entry["sealed"] != self.entry["sealed"]:
             raise ConflictError(f"{spec['key']} was changed meanwhile", "try again")
-        requester = f"{reported['uid']}:{reported['exe'] or reported['program']}"
-        if self.risk != "low":
-            refuse_floods(tx, requester)
         self.consent_id = new_id("consent", tx.now)
         claimed = {"by": spec["by"], "for": spec["purpose"], "action": spec["action"], "user": spec["user"], "context": spec["context"]}
-        user = choose_user(self.vault.roster, header, spec["user"], spec["login"])
         self.request = {
             "format": "grace-request/1", "vault_id": self.vault.id, "consent_id": self.consent_id, "key": header["key"], "version": header["version"],
             "header": hash_of("header", header), "sealed": sha256(bytes(entry["sealed"])), "mode": spec["mode"],
-            "ephemeral": self.keys.public if self.keys else None, "claimed": claimed, "reported": reported, "risk": self.risk, "user": user,
-            "created": tx.now, "answer_by": tx.now + spec["timeout_ms"], "grant_for": setting(tx, "consent.grant_for"), "nonce": os.urandom(16).hex(),
+            "ephemeral": self.keys.public if self.keys else None, "claimed": claimed, "reported": reported, "risk": self.risk,
+            "user": choose_user(self.vault.roster, header, spec["user"], spec["login"]), "created": tx.now, "answer_by": tx.now + spec["timeout_ms"],
+            "grant_for": setting(tx, "consent.grant_for"), "nonce": os.urandom(16).hex(),
         }  # fmt: skip
-        tx.run(PUT_CONSENT, consent_id=self.consent_id, key=header["key"], version=header["version"], mode=spec["mode"],
-               request=canonical(self.request).decode(), requester=requester, pid=reported["pid"], started=reported["started"],
-               boot=reported["boot"], ephemeral=self._kept_key(), task_id=reported["task"], now=tx.now, expires_at=self.request["answer_by"])  # fmt: skip
-        record(tx, "consent.requested", self.consent_id, {"key": header["key"], "version": header["version"], "risk": self.risk, "mode": spec["mode"],
-                                                          "action": spec["action"], "request": hash_of("request", self.request)})  # fmt: skip
-        emit(tx, "secrets.consent.request", self.consent_id, request_event(self.request, header))
+        standing = standing_for(tx, self.request) if self.risk != "low" else None
+        if self.risk != "low" and standing is None:
+            refuse_floods(tx, requester_of(reported))
+        put_request(tx, self.request, header, self._kept_key(), standing)
         if self.risk == "low":
             approve_low(tx, self.consent_id, self.request)
+        elif standing is not None:
+            self.answered = True
+            approve_by_standing(tx, self.request, standing)
 
     def _kept_key(self) -> bytes | None:
         """For a request that nobody waits for: the private key, wrapped to this machine and bound to the request."""
@@ -2658,6 +2719,76 @@ class Asking:
             return value
         assert self.keys is not None
         return redeem(self.vault, self.consent_id, self.keys, canonical(self.request).decode())
+
+
+def requester_of(reported: Row) -> str:
+    """User id and program, by which floods are counted."""
+    return f"{reported['uid']}:{reported['exe'] or reported['program']}"
+
+
+def put_request(tx: Tx, request: Row, header: Row, kept_key: bytes | None, standing: Row | None = None) -> None:
+    """Write a request with its leaf and its event. `standing` is the consent that is going to approve it."""
+    reported = request["reported"]
+    tx.run(PUT_CONSENT, consent_id=request["consent_id"], key=request["key"], version=request["version"], mode=request["mode"],
+           request=canonical(request).decode(), requester=requester_of(reported), pid=reported["pid"], started=reported["started"], boot=reported["boot"],
+           ephemeral=kept_key, task_id=reported["task"], standing_id=standing["consent_id"] if standing else None, max_uses=uses_of(request) or None,
+           now=tx.now, expires_at=request["answer_by"])  # fmt: skip
+    record(tx, "consent.requested", request["consent_id"], {"key": request["key"], "version": request["version"], "risk": request["risk"],
+                                                            "mode": request["mode"], "action": request["claimed"]["action"],
+                                                            "request": hash_of("request", request)})  # fmt: skip
+    emit(tx, "secrets.consent.request", request["consent_id"], request_event(request, header))
+
+
+def covers(standing: Row, request: Row) -> bool:
+    """Whether a standing request, once approved, speaks for this one: the same secret, user and user id, an action and a requester that fit."""
+    terms, granted, asked = standing["standing"], standing["claimed"], request["claimed"]
+
+    def fits(name: str) -> bool:
+        return bool(asked[name].startswith(granted[name]) if terms[name] == "prefix" else asked[name] == granted[name])
+
+    same = (standing["key"], standing["user"], standing["reported"].get("uid")) == (request["key"], request["user"], request["reported"].get("uid"))
+    return same and fits("action") and fits("by") and RISK_LEVELS.index(request["risk"]) <= RISK_LEVELS.index(standing["risk"])
+
+
+def standing_for(tx: Tx, request: Row) -> Row | None:
+    """The approved standing consent that covers a request and still lasts; the one that ends first, when there are several."""
+    rows = [row for row in tx.all(STANDING_OF, key=request["key"]) if tx.now < row["grant_expires_at"]]
+    for row in sorted(rows, key=lambda row: int(row["grant_expires_at"])):
+        with contextlib.suppress(RefusedError):
+            if covers(request_of(row["request"]), request):
+                return row
+    return None
+
+
+def approve_by_standing(tx: Tx, request: Row, standing: Row) -> None:
+    """What a standing consent covers is approved in the transaction that asks; it is looked at again, whole, when it is used."""
+    method = "template" if request_of(standing["request"])["standing"]["template"] else "standing"
+    until = min(tx.now + lasts(request), standing["grant_expires_at"])
+    tx.run(APPROVE, id=request["consent_id"], now=tx.now, until=until, method=method)
+    emit(tx, "secrets.consent.approved", request["consent_id"], {"consent_id": request["consent_id"], "secret_key": request["key"],
+                                                                 "approval_method": method, "standing_id": standing["consent_id"]})  # fmt: skip
+    record(tx, "consent.approved", request["consent_id"], {"key": request["key"], "method": method, "standing": standing["consent_id"]})
+
+
+def file_standing(tx: Tx, vault: Vault, spec: Row) -> Row:
+    """File a request for a standing consent; its row. It names this machine's key, which will open the secret while it lasts.
+
+    `spec`: key, claimed, reported, risk, user, timeout_ms, grant_for (ms), and the terms. UsageError where there can be none."""
+    entry, header = vault.current(tx, spec["key"])
+    risk = highest_risk(header["risk"], header["action_risks"].get(spec["claimed"]["action"]), spec["risk"])
+    if problem := no_standing(header, risk, spec["terms"]["template"] is not None):
+        raise UsageError(problem)
+    if not spec["terms"]["template"]:
+        refuse_floods(tx, requester_of(spec["reported"]))
+    request = {
+        "format": "grace-standing/1", "vault_id": vault.id, "consent_id": new_id("consent", tx.now), "key": header["key"], "version": header["version"],
+        "header": hash_of("header", header), "sealed": entry["sealed_hash"], "mode": "standing", "ephemeral": vault.machine.public,
+        "claimed": spec["claimed"], "reported": spec["reported"], "risk": risk, "user": spec["user"], "created": tx.now,
+        "answer_by": tx.now + spec["timeout_ms"], "grant_for": min(spec["grant_for"], LONGEST_STANDING), "nonce": os.urandom(16).hex(),
+        "standing": spec["terms"],
+    }  # fmt: skip
+    put_request(tx, request, header, None)
+    return get_consent(tx, request["consent_id"])
 
 
 def waiting_line(asking: Asking) -> str:
@@ -2696,14 +2827,26 @@ def approve_low(tx: Tx, consent_id: str, request: Row) -> None:
     spend(tx, consent_id, request)
 
 
-def spend(tx: Tx, consent_id: str, request: Row) -> None:
-    """Claim the use; whoever comes second is refused."""
+def spend(tx: Tx, consent_id: str, request: Row, standing_id: str | None = None) -> None:
+    """Claim the use, and that of the standing consent behind it; whoever comes second is refused."""
     if tx.run(CLAIM_USE, id=consent_id, now=tx.now) != 1:
         raise ConflictError(f"{consent_id} has been used already", "ask again")
+    if standing_id is not None and tx.run(USE_STANDING, id=standing_id, now=tx.now) != 1:
+        raise ConflictError(f"the uses of {standing_id} are spent", "ask again")
     tx.run(DROP_WRAPS, id=consent_id)
+    if standing_id is not None and get_consent(tx, standing_id)["consent_status"] == "used":
+        drop_standing(tx, standing_id)
     emit(tx, "secrets.consent.used", consent_id, {"consent_id": consent_id, "secret_key": request["key"], "version": request["version"],
-                                                  "requested_by": request["claimed"]["by"], "requested_action": request["claimed"]["action"]})  # fmt: skip
-    record(tx, "secret.used", consent_id, {"key": request["key"], "version": request["version"], "action": request["claimed"]["action"]})
+                                                  "requested_by": request["claimed"]["by"], "requested_action": request["claimed"]["action"],
+                                                  "standing_id": standing_id})  # fmt: skip
+    record(tx, "secret.used", consent_id, {"key": request["key"], "version": request["version"], "action": request["claimed"]["action"],
+                                           **({"standing": standing_id} if standing_id else {})})  # fmt: skip
+
+
+def drop_standing(tx: Tx, consent_id: str) -> None:
+    """What the machine's key could open for a standing consent goes."""
+    tx.run(DROP_WRAPS, id=consent_id)
+    tx.run(DROP_STANDING_PARTS, id=consent_id)
 
 
 # ---- answering
@@ -2736,7 +2879,7 @@ def still_pending(row: Row, now: int) -> Row:
 
 def asker_lives(row: Row) -> bool:
     """Whether a request that dies with its process still has one; a collected one needs none."""
-    if row["mode"] == "collect" or row["pid_started"] is None:
+    if row["mode"] != "once" or row["pid_started"] is None:
         return True
     return bool(row["boot_id"] == boot_id() and lives(row["pid"], row["pid_started"]))
 
@@ -2751,7 +2894,7 @@ def build_case(tx: Tx, consent_id: str, who: str, member: str | None = None) -> 
     if entry is None or entry["sealed"] is None or newest is None or newest["version"] != entry["version"]:
         raise ConflictError(f"{row['secret_key']} was changed after {row['consent_id']} was asked for")
     request = request_of(row["request"])
-    check_story(tx, row["consent_id"], request)
+    check_story(tx, row, request)
     size, _ = record(tx, "consent.shown", row["consent_id"], {"key": row["secret_key"], "request": hash_of("request", request), "to": who})
     leaf, claimed = tx.value("SELECT leaf FROM audit_log WHERE seq = :seq", seq=size), request["claimed"]
     return {
@@ -2860,7 +3003,7 @@ class Review:
         if (share is None) == bool(holders(self.header, group)):
             raise RefusedError(f"the part of {self.approver.name} is missing")
         grant = {"format": "grace-grant/1", "request": self.hash, "group": group, "approver": keys.fingerprint, "index": share["index"] if share else 0,
-                 "mode": self.request["mode"], "expires": now + min(self.request["grant_for"], LONGEST_GRANT), "max_uses": 1,
+                 "mode": self.request["mode"], "expires": now + lasts(self.request), "max_uses": uses_of(self.request),
                  "leaf": head, "size": size, "head": head, "nonce": os.urandom(16).hex()}  # fmt: skip
         wrap = None
         if share is not None:
@@ -2924,7 +3067,9 @@ def close_consent(tx: Tx, row: Row, sql: str, kind: str, reason: str | None, **m
     params = {"id": row["consent_id"], "reason": reason, **more}
     if tx.run(sql, **params) != 1:
         return False
-    tx.run(DROP_WRAPS, id=row["consent_id"])
+    drop_standing(tx, row["consent_id"])
+    if row["mode"] == "standing" and row["consent_status"] == "approved" and kind == "revoked":
+        tx.many(MARK_ROTATION, [{"key": row["secret_key"], "reason": "a standing consent to use it was revoked; old copies may still open"}])
     emit(tx, f"secrets.consent.{kind}", row["consent_id"], {"consent_id": row["consent_id"], "secret_key": row["secret_key"], "reason": reason})
     record(tx, f"consent.{kind}", row["consent_id"], {"key": row["secret_key"], "reason": reason, "uid": os.geteuid(), "signed": False})
     return True
@@ -2968,16 +3113,20 @@ def revoke_all(tx: Tx, key: str, action: str | None, reason: str) -> list[Row]:
     return [revoke(tx, row["consent_id"], reason) for row in wanted]
 
 
-def void_open_consents(tx: Tx, key: str, reason: str) -> None:
+CHANGED = "the secret was changed"
+
+
+def void_open_consents(tx: Tx, key: str, reason: str, but: Iterable[str] = ()) -> None:
     """What was asked for an older version, or for a secret that is gone, can no longer be granted or used."""
     for row in tx.all(OPEN_CONSENTS_OF, key=key):
-        close_consent(tx, row, REVOKE, "revoked", reason, now=tx.now)
+        if row["consent_id"] not in but:
+            close_consent(tx, row, REVOKE, "revoked", reason, now=tx.now)
 
 
-def store_version(tx: Tx, made: Row, kind: str, approver: Approver | None) -> Row:
-    """A new version in the place of the one before, anchored by the approver who sealed it."""
+def store_version(tx: Tx, made: Row, kind: str, approver: Approver | None, vault: Vault | None = None) -> Row:
+    """A new version in the place of the one before, anchored by the approver who sealed it. Given the vault, standing consents may follow."""
     put_version(tx, made, kind)
-    void_open_consents(tx, made["header"]["key"], "the secret was changed")
+    void_open_consents(tx, made["header"]["key"], CHANGED, follow_standing(tx, vault, made) if vault else ())
     if approver is not None:
         anchor(tx, approver)
     return tx.one(NEWEST_VERSION, key=made["header"]["key"]) or {}
@@ -3035,31 +3184,107 @@ def claim_parts(tx: Tx, vault: Vault, consent_id: str, keys: Keys | None, own_re
     if own_request is not None and row["request"] != own_request:
         raise RefusedError("the request was changed after it was filed")
     request = filed_request(tx, row, header, sha256(bytes(entry["sealed"])), vault.id)
+    if header["expires"] is not None and tx.now >= header["expires"]:
+        raise RefusedError(f"{header['key']} has expired")
+    if row["standing_id"] is not None:
+        parts = standing_parts(tx, vault, row["standing_id"], entry, header, request)
+    else:
+        if keys is None:
+            keys = Keys(vault.machine.unwrap(bytes(row["ephemeral"] or b""), statement("ephemeral", hash_of("request", request))))
+        if keys.public != request["ephemeral"]:
+            raise RefusedError("the request names the key of somebody else")
+        parts = unwrapped(checked_all(tx, vault, row, header, request), keys)
+    if holders(header, "machine"):  # a secret of low risk, asked for at a higher one: the program alone holds it back
+        parts.update(own_shares(vault.machine, entry, header, tx.all(SHARES_OF, key=header["key"], version=header["version"])))
+    spend(tx, consent_id, request, row["standing_id"])
+    return header, bytes(entry["sealed"]), parts
+
+
+def checked_all(tx: Tx, vault: Vault, row: Row, header: Row, request: Row) -> list[tuple[Row, Row]]:
+    """The grants of a consent with their rows, when they all hold, suffice and last; RefusedError otherwise."""
     rows = tx.all(GRANTS_OF, id=row["consent_id"])
     grants = checked_grants(header, request, vault.roster, rows)
     if missing := missing_groups(header, request, grants):
         raise RefusedError(f"signatures of {' and '.join(missing)} are missing")
-    if header["expires"] is not None and tx.now >= header["expires"]:
-        raise RefusedError(f"{header['key']} has expired")
     if any(tx.now >= grant["expires"] for grant in grants):
         raise RefusedError("a grant has expired")
     if not all(leaf_is_there(tx, grant, row["consent_id"]) for grant in grants):
         raise RefusedError("a grant names a leaf that is not in the audit log")
-    if keys is None:
-        kept = vault.machine.unwrap(bytes(row["ephemeral"] or b""), statement("ephemeral", hash_of("request", request)))
-        keys = Keys(kept)
-    if keys.public != request["ephemeral"]:
-        raise RefusedError("the request names the key of somebody else")
+    return list(zip(grants, rows, strict=True))
+
+
+def unwrapped(granted: list[tuple[Row, Row]], keys: Keys) -> dict[str, dict[int, bytes]]:
+    """The parts of the data key in grants that were checked."""
     parts: dict[str, dict[int, bytes]] = {}
-    for grant, stored in zip(grants, rows, strict=True):
+    for grant, stored in granted:
         if stored["wrap_hash"] is not None:
             if wrap_hash(stored["wrap"]) != stored["wrap_hash"]:
                 raise RefusedError("the part in a grant was changed")
             parts.setdefault(grant["group"], {})[grant["index"]] = keys.unwrap(bytes(stored["wrap"]), statement("grant", grant))
-    if holders(header, "machine"):  # a secret of low risk, asked for at a higher one: the program alone holds it back
-        parts.update(own_shares(vault.machine, entry, header, tx.all(SHARES_OF, key=header["key"], version=header["version"])))
-    spend(tx, consent_id, request)
-    return header, bytes(entry["sealed"]), parts
+    return parts
+
+
+def sealed_fields(header: Row) -> str:
+    """The hash of all of a header that a mere new value leaves as it is."""
+    return hash_of("fields", {name: value for name, value in header.items() if name not in ("version", "created", "commitment")})
+
+
+def standing_terms(tx: Tx, vault: Vault, row: Row, header: Row) -> tuple[Row, Row]:
+    """The request behind a standing consent and the header that it was approved for; RefusedError when it does not hold for this one."""
+    if row["mode"] != "standing" or row["secret_key"] != header["key"]:
+        raise RefusedError("the standing consent is for something else")
+    first = tx.one(GET_VERSION, key=row["secret_key"], version=row["secret_version"])
+    if first is None:
+        raise RefusedError("the version that the standing consent was given for is missing")
+    sealed_as = check_seal(first["header"], first["sealed_hash"], bytes(first["signature"]), vault.id, vault.roster, vault.rosters)
+    terms = filed_request(tx, row, sealed_as, first["sealed_hash"], vault.id)
+    followed = sealed_as["version"] != header["version"]
+    if followed and (not terms["standing"]["follow"] or sealed_fields(sealed_as) != sealed_fields(header)):
+        raise RefusedError(f"{header['key']} was changed after the standing consent was given")
+    return terms, sealed_as
+
+
+def standing_parts(tx: Tx, vault: Vault, standing_id: str, entry: Row, header: Row, request: Row) -> dict[str, dict[int, bytes]]:
+    """The parts of the data key under a standing consent that covers this request, for the version that there is now."""
+    row = get_consent(tx, standing_id)
+    refuse_closed(row)
+    terms, sealed_as = standing_terms(tx, vault, row, header)
+    if not covers(terms, request):
+        raise RefusedError("the standing consent does not cover this request")
+    granted = checked_all(tx, vault, row, sealed_as, terms)
+    if sealed_as["version"] == header["version"]:
+        return unwrapped(granted, vault.machine)
+    sealer = person_of(vault.roster, header["owner"]) or {}
+    parts: dict[str, dict[int, bytes]] = {}
+    stored = {(part["group_name"], part["approver"]): part for part in tx.all(STANDING_PARTS_OF, id=standing_id, version=header["version"])}
+    for grant, _ in granted:
+        if grant["index"]:
+            part = stored.get((grant["group"], grant["approver"]))
+            info = statement("standing-part", [grant, hash_of("header", header), entry["sealed_hash"]])
+            if part is None or not signed_by(sealer, bytes(part["signature"]), statement("standing-signature", [grant, sha256(bytes(part["wrap"]))])):
+                raise RefusedError("a part of the standing consent for this version is missing, or not signed by whoever sealed it")
+            parts.setdefault(grant["group"], {})[grant["index"]] = vault.machine.unwrap(bytes(part["wrap"]), info)
+    return parts
+
+
+def follow_standing(tx: Tx, vault: Vault, made: Row) -> set[str]:
+    """Carry standing consents that follow a rotation over to the version just stored; the ids of those that go on."""
+    header, kept = made["header"], set()
+    for row in tx.all(STANDING_OF, key=header["key"]):
+        try:
+            terms, sealed_as = standing_terms(tx, vault, row, header)
+            granted = checked_all(tx, vault, row, sealed_as, terms)
+        except RefusedError:
+            continue  # it ends with the version that it was for
+        drop_standing(tx, row["consent_id"])
+        for grant, _ in granted:
+            if grant["index"]:
+                info = statement("standing-part", [grant, hash_of("header", header), sha256(made["sealed"])])
+                wrap = wrap_to(vault.machine.public, made["pieces"][grant["group"], grant["index"]], info)
+                tx.run(PUT_STANDING_PART, id=row["consent_id"], version=header["version"], group=grant["group"], approver=grant["approver"], wrap=wrap,
+                       signature=made["sign"](statement("standing-signature", [grant, sha256(wrap)])))  # fmt: skip
+        kept.add(row["consent_id"])
+    return kept
 
 
 def refuse_closed(row: Row) -> None:
@@ -3102,18 +3327,30 @@ def quoted_lines(name: str, text: str) -> list[str]:
             for number, piece in enumerate(cut)]  # fmt: skip
 
 
+def mode_lines(request: Row) -> list[str]:
+    """How long and how often an approval holds; a standing one with all that it is bound to, and what it is worth."""
+    span = format_duration(lasts(request))
+    if request["mode"] != "standing":
+        return [f"  mode      {request['mode']}, used within {span}"]
+    terms, claimed = request["standing"], request["claimed"]
+    often = f"at most {terms['uses']} times" if terms["uses"] else "as often as it comes"
+    bound = {name: ascii_only(claimed[name], 60) + ("*" if terms[name] == "prefix" else "") for name in ("action", "by")}
+    follows = "goes on when the secret gets a new value" if terms["follow"] else "ends when the secret gets a new value"
+    return [f"  mode      STANDING for {span}, {often}, {follows}",
+            f"            action {bound['action']}, asked by {bound['by']} as user id {request['reported'].get('uid')}",
+            "            nobody is asked again: this machine's key opens it meanwhile"]  # fmt: skip
+
+
 def prompt_lines(review: Review, seen: Row, elsewhere: bool) -> list[str]:
     """What an approver is shown, in the order of its worth: sealed, verified now, reported, claimed, and what was before."""
     header, request, now_risk = review.header, review.request, review.risk
     claimed, reported = request["claimed"], request["reported"]
     owner = person_of(review.roster, header["owner"]) or {"name": "this machine"}
-    until_used = format_duration(min(request["grant_for"], LONGEST_GRANT))
     lines = ["SEALED (signed by the owner, verified)",
              f"  secret    {header['key']}  version {header['version']}" + (f"  service {ascii_only(header['service'])}" if header["service"] else ""),
              f"  owner     {owner['name']}",
              f"  risk      {now_risk}" + (f"  (sealed as {header['risk']})" if now_risk != header["risk"] else ""),
-             f"  policy    {policy_text(header['policy'])}", f"  mode      {request['mode']}, used within {until_used}",
-             f"  code      {review.code}"]  # fmt: skip
+             f"  policy    {policy_text(header['policy'])}", *mode_lines(request), f"  code      {review.code}"]  # fmt: skip
     lines += ["VERIFIED NOW by this process"]
     if elsewhere:
         lines += ["  nothing: the request comes from another machine"]
@@ -3166,7 +3403,8 @@ def consent_document(reader: Reader, row: Row) -> Row:
         "service": header.get("service"), "requested_by": claimed["by"], "requested_for": claimed["for"], "requested_action": claimed["action"],
         "user_id": names.get(request["user"], claimed["user"]), "risk_level": request["risk"], "mode": row["mode"],
         "code": code_of(hash_of("request", request)) if request is not NO_REQUEST else None,
-        "consent_status": row["consent_status"], "single_use": row["max_uses"] == 1,
+        "consent_status": row["consent_status"], "single_use": row["max_uses"] == 1, "standing_id": row["standing_id"],
+        "terms": request.get("standing"),
         "used_count": row["used_count"], "max_uses": row["max_uses"], "governance_approval_required": "governance" in needed,
         "governance_approved": governance >= needed["governance"] if "governance" in needed else None,
         "approvals": [{"group": grant["group_name"], "approver": names.get(grant["approver"], grant["approver"]),
@@ -5638,7 +5876,7 @@ class Runner:
                 for _, spec in self.wishes:
                     spec["reported"]["task"] = self.task["task_id"]
                     askings.append(Asking(self.vault, spec))
-                    if askings[-1].risk != "low":
+                    if not askings[-1].answered:
                         self.tell(waiting_line(askings[-1]))
             self._await_answers([asking.consent_id for asking in askings])
             self.sup.secrets = {name: asking.value() for (name, _), asking in zip(self.wishes, askings, strict=True)}
@@ -7678,6 +7916,7 @@ SECRET_OPTIONS = (
     opt("--type", kind="name", help="What it is, such as api_key or password."),
     opt("--service", kind=Checked("text", text_of("a service", 200)), help="Whose it is, such as github or https://git.example.org/shop."),
     opt("--risk", kind="risk", help="low, medium, high or critical [default: medium]."),
+    opt("--allow-standing/--no-allow-standing", default=None, help="Whether a standing consent may be given at high risk [default: no]."),
     opt("--action-risk", kind=Checked("risk", parse_action_risk), multiple=True, metavar="ACTION=RISK", help="A higher risk for one action (repeatable)."),
     opt("--policy", kind=Checked("policy", parse_policy), help="Who must take part: 'user:1 & governance:1', 'user:2of3', 'user:1(anna,ben)'."),
     opt("--owner", kind="name", help="The approver who seals it [default: the login name]."),
@@ -7746,7 +7985,7 @@ def seal_next(app: App, vault: Vault, key: str, value: bytes, options: Row, owne
         refuse_takeover(approver, before)
         say_holders(app, vault, fields)
         made = seal(approver.keys, fields, value, vault.roster)
-        stored = store.write(lambda tx: store_version(tx, made, kind, approver))
+        stored = store.write(lambda tx: store_version(tx, made, kind, approver, vault))
         approver.learn(audit_head(store), made["header"])
     vault.learn_head(made["header"])
     shred(store)
@@ -7814,7 +8053,7 @@ def secret_reshare(app: App, key: str, policy: list[Row] | None, approver: tuple
     refuse_takeover(people[0], before)
     say_holders(app, vault, fields)
     made = seal(vault.machine if low else people[0].keys, fields, value, vault.roster)
-    stored = store.write(lambda tx: store_version(tx, made, "reshared", people[0]))
+    stored = store.write(lambda tx: store_version(tx, made, "reshared", people[0], vault))
     people[0].learn(audit_head(store), made["header"])
     vault.learn_head(made["header"])
     shred(store)
@@ -7936,7 +8175,7 @@ def obtain(app: App, vault: Vault, specs: list[Row]) -> list[tuple[Asking, bytes
     try:
         for spec in specs:
             askings.append(ask_for(vault, spec))
-        waiting = [asking for asking in askings if asking.risk != "low"]
+        waiting = [asking for asking in askings if not asking.answered]
         for asking in waiting:
             announce(app, asking)
         for row in await_answers(vault.store, [asking.consent_id for asking in waiting]) if waiting else []:
@@ -7969,7 +8208,7 @@ def secret_get(app: App, key: str, no_wait: bool, consent: str | None, reveal: b
         show_value(app, store, asking.consent_id, value)
         return None
     asking = ask_for(vault, spec)
-    if asking.risk == "low":
+    if asking.answered:
         show_value(app, store, asking.consent_id, asking.value())
         return None
     show_consent(app, store, get_consent(store, asking.consent_id))
@@ -8162,12 +8401,32 @@ def consent_store(app: App) -> Store:
     return store
 
 
-@command("consent request", arg("key", SECRET_NAME), *USE_OPTIONS)
-def consent_request(app: App, key: str, **options: Any) -> None:
+@command("consent request", arg("key", SECRET_NAME), *USE_OPTIONS,
+         opt("--standing", "grant_for", kind="duration", help="Ask for a standing consent: from its approval on, for so long, nobody is asked."),
+         opt("--uses", kind="limit", help="With --standing: at most so many uses."),
+         opt("--follow-rotation", "follow", is_flag=True, help="With --standing: also after the secret has got a new value."))  # fmt: skip
+def consent_request(app: App, key: str, grant_for: int | None, uses: int | None, follow: bool, **options: Any) -> None:
     """File a request that is collected later: secret get KEY --consent ID."""
+    if (uses or follow) and not grant_for:
+        raise UsageError("--uses and --follow-rotation go with --standing")
     spec = ask_spec(key, mode="collect", hidden=False, **options)
     store, vault = open_vault(app)
-    show_consent(app, store, get_consent(store, ask_for(vault, spec).consent_id))
+    if grant_for is None:
+        show_consent(app, store, get_consent(store, ask_for(vault, spec).consent_id))
+        return
+    terms = {"uses": uses, "action": "exact", "by": "exact", "follow": follow, "template": None, "origin": None}
+    with refusals(store, key, plain=True):
+        row = store.write(lambda tx: file_standing(tx, vault, standing_spec(tx, vault, spec, grant_for, terms)))
+    vault.learn_head()
+    show_consent(app, store, row)
+
+
+def standing_spec(tx: Tx, vault: Vault, spec: Row, grant_for: int, terms: Row) -> Row:
+    """What file_standing() takes, from the options of a command."""
+    _, header = vault.current(tx, spec["key"])
+    claimed = {"by": spec["by"], "for": spec["purpose"], "action": spec["action"], "user": spec["user"], "context": spec["context"]}
+    return {"key": spec["key"], "claimed": claimed, "reported": spec["reported"], "risk": spec["risk"], "timeout_ms": spec["timeout_ms"],
+            "user": choose_user(vault.roster, header, spec["user"], spec["login"]), "grant_for": grant_for, "terms": terms}  # fmt: skip
 
 
 @command("consent pending")
@@ -8316,14 +8575,21 @@ def sign_and_record(vault: Vault, review: Review, groups: list[str], seen: Row, 
 
 @command("consent approve", arg("id", "id", required=False),
          opt("--as", "group", kind=Checked("group", one_of(ROLES)), help="Sign for this group: user or governance."),
-         opt("--once", is_flag=True, help="For this one use (the default, and the only way so far)."),
+         opt("--once", is_flag=True, help="For this one use (the default)."),
+         opt("--for", "grant_for", kind="duration", help="This one, and from now on for so long whatever asks the same; nobody is asked then."),
+         opt("--uses", kind="limit", help="With --for: at most so many further uses."),
+         opt("--follow-rotation", "follow", is_flag=True, help="With --for: also after the secret has got a new value."),
          opt("--code", kind=Checked("code", text_of("a code", 40)), help="The code that the requester shows."),
          opt("--note", kind="note", help="A remark for the record."),
          opt("--in", "in_file", metavar="FILE", help="A request that was exported on another machine; - for stdin."),
          opt("--out", metavar="FILE", help="Where the approval goes [default: stdout]."), SIGNER, PASSPHRASE)  # fmt: skip
-def consent_approve(app: App, id: str | None, group: str | None, once: bool, code: str | None, note: str | None, in_file: str | None, out: str | None,
-                    approver: str | None, passphrase_file: str | None) -> None:  # fmt: skip
+def consent_approve(app: App, id: str | None, group: str | None, once: bool, grant_for: int | None, uses: int | None, follow: bool, code: str | None,
+                    note: str | None, in_file: str | None, out: str | None, approver: str | None, passphrase_file: str | None) -> None:  # fmt: skip
     """Say yes to a request, with the key that only your passphrase unlocks."""
+    if (once or in_file) and grant_for:
+        raise UsageError(f"--for does not go with {'--once' if once else '--in'}", "" if once else "file it with: grace consent request KEY --standing DUR")
+    if (uses or follow) and not grant_for:
+        raise UsageError("--uses and --follow-rotation go with --for")
     if (id is None) == (in_file is None):
         raise UsageError("name a consent's ID, or --in FILE")
     if (out is not None and in_file is None) or (note is not None and in_file is not None):
@@ -8337,6 +8603,9 @@ def consent_approve(app: App, id: str | None, group: str | None, once: bool, cod
     person = unlock(vault, default_approver(vault, row, approver, group), passphrase_file)
     review, seen = judge(vault, person, row)
     groups = review.groups(group)
+    if grant_for:
+        approve_from_now_on(app, vault, (review, seen, groups), {"grant_for": grant_for, "uses": uses, "follow": follow}, code, note, passphrase_file)
+        return
     same = twins(vault, (review, seen, groups), row, group) if review.risk == "medium" and code is None and seen["alive"] else []
     show_prompt(app, review, seen, False, [twin.code for twin, _, _ in same])
     confirmed(review, code, passphrase_file)
@@ -8349,9 +8618,42 @@ def consent_approve(app: App, id: str | None, group: str | None, once: bool, cod
     show_consent(app, store, done)
 
 
-def show_prompt(app: App, review: Review, seen: Row, elsewhere: bool, codes: Iterable[str] = ()) -> None:
+def approve_from_now_on(app: App, vault: Vault, judged: Judged, wish: Row, code: str | None, note: str | None, source: str | None) -> None:
+    """Sign a request, and a standing consent for whatever asks the same; the person sees both and says yes once."""
+    review, seen, groups = judged
+    filed = vault.store.write(lambda tx: standing_from(tx, vault, review.request, wish))
+    try:
+        standing, its = judge(vault, review.approver, filed)
+        signing = standing.groups(groups[0] if len(groups) == 1 else None)
+        show_prompt(app, review, seen, False, terms=mode_lines(standing.request))
+        confirmed(review, code, source)
+    except BaseException:
+        if not vault.store.all(GRANTS_OF, id=filed["consent_id"]):
+            withdraw_open(vault.store, [filed["consent_id"]])
+        raise
+    sign_and_record(vault, review, groups, seen, note, source)
+    show_consent(app, vault.store, sign_and_record(vault, standing, signing, its, note, source))
+
+
+def standing_from(tx: Tx, vault: Vault, request: Row, wish: Row) -> Row:
+    """The standing consent that goes with this request: as another approver has begun it on the same terms, or a new one."""
+    if request["mode"] == "standing":
+        raise UsageError("this is a standing consent already", "leave --for out")
+    terms = {"uses": wish["uses"], "action": "exact", "by": "exact", "follow": wish["follow"], "template": None, "origin": request["consent_id"]}
+    begun = tx.one(STANDING_FROM, id=request["consent_id"])
+    if begun is not None:
+        known = request_of(begun["request"])
+        if (known["standing"], known["grant_for"]) != (terms, wish["grant_for"]):
+            raise ConflictError("another approver has begun a standing consent on other terms", f"see it: grace consent show {begun['consent_id']}")
+        return begun
+    return file_standing(tx, vault, {**{name: request[name] for name in ("key", "claimed", "reported", "risk", "user")}, "grant_for": wish["grant_for"],
+                                     "timeout_ms": max(MINUTE, request["answer_by"] - tx.now), "terms": terms})  # fmt: skip
+
+
+def show_prompt(app: App, review: Review, seen: Row, elsewhere: bool, codes: Iterable[str] = (), terms: Iterable[str] = ()) -> None:
     """On the terminal where there is a person, whatever stderr is; else on stderr, unless it is to hold an error object only."""
-    lines = prompt_lines(review, seen, elsewhere) + [f"AND the same in the same words, answered with this one; compare its code, too: {code}" for code in codes]
+    lines = prompt_lines(review, seen, elsewhere) + (["AND from now on, whatever asks the same", *terms] if terms else [])
+    lines += [f"AND the same in the same words, answered with this one; compare its code, too: {code}" for code in codes]
     text = "\n".join(lines) + "\n"
     if has_terminal():
         with open("/dev/tty", "w", encoding="utf-8", errors="backslashreplace") as terminal:

@@ -321,7 +321,7 @@ CREATE TABLE secret_consent_records (
   secret_version    INTEGER NOT NULL,
   consent_status    TEXT NOT NULL CONSTRAINT consent_status CHECK (consent_status IN
                       ('pending', 'approved', 'denied', 'expired', 'revoked', 'used')),
-  mode              TEXT NOT NULL CONSTRAINT consent_mode CHECK (mode IN ('once', 'collect')),
+  mode              TEXT NOT NULL CONSTRAINT consent_mode CHECK (mode IN ('once', 'collect', 'standing')),
   request           TEXT NOT NULL CONSTRAINT consent_request CHECK (json_valid(request)), -- canonical JSON
   requester         TEXT NOT NULL,                -- user id and program, by which floods are counted
   pid               INTEGER NOT NULL,             -- the process that asked
@@ -329,8 +329,9 @@ CREATE TABLE secret_consent_records (
   boot_id           TEXT NOT NULL,
   ephemeral         BLOB,                         -- of a collect request: the private key, sealed to the machine
   task_id           TEXT,
-  approval_method   TEXT CONSTRAINT consent_method CHECK (approval_method IN ('auto', 'approver')),
-  max_uses          INTEGER NOT NULL CONSTRAINT consent_max_uses CHECK (max_uses > 0),
+  approval_method   TEXT CONSTRAINT consent_method CHECK (approval_method IN ('auto', 'approver', 'standing', 'template')),
+  standing_id       TEXT REFERENCES secret_consent_records (consent_id), -- the standing consent that approved it
+  max_uses          INTEGER CONSTRAINT consent_max_uses CHECK (max_uses > 0), -- NULL: of a standing consent, as many as come
   used_count        INTEGER NOT NULL DEFAULT 0 CONSTRAINT consent_used CHECK (used_count BETWEEN 0 AND max_uses),
   requested_at      INTEGER NOT NULL,
   expires_at        INTEGER NOT NULL,             -- answered by then, or not at all
@@ -347,6 +348,7 @@ CREATE TABLE secret_consent_records (
   CONSTRAINT consent_spent_is_used CHECK ((consent_status = 'used') = (used_count = max_uses)),
   CONSTRAINT consent_expired_has_reason CHECK ((consent_status = 'expired') = (expired_reason IS NOT NULL)),
   CONSTRAINT consent_denied_has_instant CHECK ((consent_status = 'denied') = (denied_at IS NOT NULL)),
+  CONSTRAINT consent_many_uses_are_standing CHECK (mode = 'standing' OR (max_uses IS NOT NULL AND max_uses = 1)),
   CONSTRAINT consent_revoked_has_instant CHECK ((consent_status = 'revoked') = (revoked_at IS NOT NULL))
 ) STRICT;
 
@@ -362,6 +364,17 @@ CREATE TABLE consent_grants (
   signature  BLOB NOT NULL CONSTRAINT grant_signature CHECK (length(signature) = 64),
   created_at INTEGER NOT NULL,
   CONSTRAINT grant_once UNIQUE (consent_id, group_name, approver)
+) STRICT;
+
+-- The parts in a standing consent's grants for a later version of the secret, wrapped and signed by whoever sealed that one.
+CREATE TABLE standing_parts (
+  consent_id TEXT NOT NULL REFERENCES secret_consent_records (consent_id),
+  version    INTEGER NOT NULL,
+  group_name TEXT NOT NULL,
+  approver   TEXT NOT NULL,                       -- whose grant it continues
+  wrap       BLOB NOT NULL,
+  signature  BLOB NOT NULL CONSTRAINT standing_signature CHECK (length(signature) = 64),
+  PRIMARY KEY (consent_id, version, group_name, approver)
 ) STRICT;
 
 -- =========================================================================================================== DERIVED
@@ -389,6 +402,7 @@ CREATE INDEX worker_not_stopped ON workers (kind) WHERE stopped_at IS NULL;
 CREATE INDEX consent_open_until ON secret_consent_records (COALESCE(grant_expires_at, expires_at))
   WHERE consent_status IN ('pending', 'approved');
 CREATE INDEX audit_of_subject ON audit_log (json(leaf) ->> 'subject');
+CREATE INDEX consent_standing ON secret_consent_records (secret_key) WHERE mode = 'standing' AND consent_status = 'approved';
 CREATE INDEX consent_of_secret_key ON secret_consent_records (secret_key, seq);
 
 -- Refuse: steps between statuses that do not exist.
@@ -545,7 +559,7 @@ BEGIN
   SELECT RAISE(ABORT, 'illegal consent transition');
 END;
 
-CREATE TRIGGER consent_stays BEFORE UPDATE OF consent_id, secret_key, secret_version, mode, request, max_uses, requested_at
+CREATE TRIGGER consent_stays BEFORE UPDATE OF consent_id, secret_key, secret_version, mode, request, max_uses, requested_at, standing_id
 ON secret_consent_records
 BEGIN
   SELECT RAISE(ABORT, 'what was asked never changes');

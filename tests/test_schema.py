@@ -50,7 +50,7 @@ ENTRY = "INSERT INTO secret_entries (secret_key, version, header, sealed, sealed
         "VALUES ('{key}', {version}, '{{}}', x'00', hex(zeroblob(32)), zeroblob(64), 1)"  # fmt: skip
 CONSENT = "INSERT INTO secret_consent_records (consent_id, secret_key, secret_version, consent_status, mode, request, requester, pid, boot_id, max_uses, " \
           "used_count, requested_at, expires_at, observed) " \
-          "VALUES ('{id}', 'key', 1, '{status}', 'once', '{{}}', 'r', 1, 'b', 2, {used}, 1, 2, '[]')"  # fmt: skip
+          "VALUES ('{id}', 'key', 1, '{status}', 'standing', '{{}}', 'r', 1, 'b', 2, {used}, 1, 2, '[]')"  # fmt: skip
 GRANT = "INSERT INTO consent_grants (consent_id, group_name, approver, document, wrap, wrap_hash, signature, created_at) " \
         "VALUES ('pending', 'user', 'a', '{}', x'00', 'h', zeroblob(64), 1)"  # fmt: skip
 LEAF = "INSERT INTO audit_log VALUES ({seq}, '{{}}', hex(zeroblob(32)))"
@@ -216,6 +216,8 @@ CHECKS = {
     "consent_mode": "DROP TRIGGER consent_stays; UPDATE secret_consent_records SET mode = 'always'",
     "consent_request": "DROP TRIGGER consent_stays; UPDATE secret_consent_records SET request = '{'",
     "consent_method": "UPDATE secret_consent_records SET approval_method = 'guess'",
+    "standing_signature": "INSERT INTO standing_parts VALUES ('pending', 1, 'user', 'a', x'00', zeroblob(63))",
+    "consent_many_uses_are_standing": "DROP TRIGGER consent_stays; UPDATE secret_consent_records SET mode = 'once'",
     "consent_max_uses": "DROP TRIGGER consent_stays; UPDATE secret_consent_records SET max_uses = 0",
     "consent_used": "UPDATE secret_consent_records SET used_count = 3",
     "consent_expired_reason": "UPDATE secret_consent_records SET consent_status = 'expired', expired_reason = 'weary'",
@@ -366,8 +368,9 @@ def test_history_is_not_rewritten_by_replacing_its_rows(db: Path, table: str, wh
 
 
 @pytest.mark.parametrize(("table", "column", "value"), [
-    *(("secret_entries", name, value) for name, value in (("secret_key", "'x'"), ("version", "2"), ("sealed_hash", "'x'"), ("signature", "randomblob(64)"), ("created_at", "2"))),
-    *(("secret_consent_records", name, value) for name, value in (("consent_id", "'x'"), ("secret_key", "'x'"), ("secret_version", "2"), ("mode", "'collect'"),
+    *(("secret_entries", name, value) for name, value in (("secret_key", "'x'"), ("version", "2"), ("sealed_hash", "'x'"), ("signature", "randomblob(64)"),
+                                                          ("created_at", "2"))),
+    *(("secret_consent_records", name, value) for name, value in (("consent_id", "'x'"), ("secret_key", "'x'"), ("secret_version", "2"), ("mode", "'once'"),
                                                                   ("max_uses", "3"), ("requested_at", "2"))),
     *(("consent_grants", name, value) for name, value in (("consent_id", "'x'"), ("group_name", "'governance'"), ("approver", "'x'"), ("document", "'[]'"),
                                                           ("wrap_hash", "NULL"))),
