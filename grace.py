@@ -1518,11 +1518,17 @@ VERSIONS_OF = "SELECT * FROM secret_entries WHERE secret_key = :key ORDER BY ver
 CURRENT_SECRETS = "SELECT * FROM secret_entries WHERE sealed IS NOT NULL ORDER BY secret_key"
 SHARES_OF = "SELECT * FROM secret_shares WHERE secret_key = :key AND version = :version ORDER BY seq"
 VERSIONS_BEFORE = "SELECT * FROM secret_entries WHERE secret_key = :key AND version < :version ORDER BY version DESC LIMIT :n"
-PUT_SECRET = """INSERT INTO secret_entries (secret_key, version, header, sealed, sealed_hash, signature, created_at)
-  VALUES (:key, :version, :header, :sealed, :sealed_hash, :signature, :now)"""
+PUT_SECRET = """INSERT INTO secret_entries (secret_key, version, header, sealed, sealed_hash, signature, delegation, rotate_at,
+    created_at) VALUES (:key, :version, :header, :sealed, :sealed_hash, :signature, :delegation, :rotate_at, :now)"""
 PUT_SHARE = """INSERT INTO secret_shares (secret_key, version, group_name, member, share_index, wrap)
   VALUES (:key, :version, :group, :member, :index, :wrap)"""
-EMPTY_VERSIONS = "UPDATE secret_entries SET sealed = NULL, removed_at = :now WHERE secret_key = :key AND sealed IS NOT NULL"
+EMPTY_VERSIONS = """UPDATE secret_entries SET sealed = NULL, removed_at = :now, rotate_at = NULL, rotate_task = NULL
+  WHERE secret_key = :key AND sealed IS NOT NULL"""
+GET_DELEGATION = "SELECT * FROM secret_delegations WHERE seq = :seq"
+NEWEST_DELEGATION = "SELECT * FROM secret_delegations WHERE secret_key = :key AND private IS NOT NULL ORDER BY seq DESC LIMIT 1"
+PUT_DELEGATION = """INSERT INTO secret_delegations (secret_key, document, signature, private, created_at)
+  VALUES (:key, :document, :signature, :private, :now)"""
+END_DELEGATIONS = "UPDATE secret_delegations SET private = NULL WHERE secret_key = :key AND private IS NOT NULL"
 DROP_SHARES = "DELETE FROM secret_shares WHERE secret_key = :key"
 MARK_ROTATION = "UPDATE secret_entries SET rotate_reason = :reason WHERE secret_key = :key AND sealed IS NOT NULL"
 
@@ -2011,13 +2017,16 @@ class Vault:
         if problem := self.seen.odd_version(header):
             raise RefusedError(f"rolled back: {problem}")
         before = past_versions(reader, header) if header["version"] > self.seen.version_of(key) else []
-        if problem := odd_succession(header, before, self.seen, self.id, self.rosters):
+        if problem := odd_succession(header, received_delegation(carried_delegation(reader, entry)), before, self.seen, self.id, self.rosters):
             raise RefusedError(problem)
         return entry, header
 
     def checked(self, reader: Reader, entry: Row) -> Row:
         """The header of a version whose seal holds; RefusedError otherwise."""
-        header = check_seal(entry["header"], sha256(bytes(entry["sealed"] or b"")), bytes(entry["signature"]), self.id, self.roster)
+        delegation = reader.one(GET_DELEGATION, seq=entry["delegation"]) if entry["delegation"] is not None else None
+        if entry["delegation"] is not None and delegation is None:
+            raise RefusedError(f"the delegation under which {entry['secret_key']} was sealed is missing")
+        header = check_seal(entry["header"], sha256(bytes(entry["sealed"] or b"")), bytes(entry["signature"]), self.id, self.roster, delegation)
         if (header["key"], header["version"]) != (entry["secret_key"], entry["version"]):
             raise RefusedError(f"the row of {entry['secret_key']} holds another secret")
         if header["owner"] == fingerprint(self.roster["machine"]) and self.was_owned(reader, header["key"]):
@@ -2060,10 +2069,11 @@ def shaped(value: Any, shape: Fields, what: str) -> Row:
     return value
 
 
-def check_seal(text: str, sealed_hash: str, signature: bytes, vault_id: str, roster: Row, past: Iterable[Row] = ()) -> Row:
+def check_seal(text: str, sealed_hash: str, signature: bytes, vault_id: str, roster: Row, delegation: Row | None = None, past: Iterable[Row] = ()) -> Row:
     """The header that an approver, or for low risk the machine, has signed together with its sealed value; RefusedError.
 
-    `past`, all lists of approvers, is for a version that was replaced: its owner may have left since."""
+    `delegation`: document and signature of what its owner allowed, when a rotation sealed it in his name. `past`, all lists
+    of approvers, is for a version that was replaced: its owner may have left since."""
     try:
         header = shaped(parse_canonical(text), HEADER_SHAPE, "a header")
     except ValueError as error:
@@ -2078,11 +2088,50 @@ def check_seal(text: str, sealed_hash: str, signature: bytes, vault_id: str, ros
     owner = machine or person_of(roster, header["owner"])
     if owner is None or (not by_machine and not past and owner["removed"] is not None and this not in owner["keeps"]):
         raise RefusedError(f"{header['key']} is sealed by a stranger")
-    if not signed_by(owner, signature, statement("seal", [this, sealed_hash])):
+    signer, text_signed = owner, statement("seal", [this, sealed_hash])
+    if delegation is not None:
+        signer = check_delegation(delegation, header, owner)
+        text_signed = statement("delegated-seal", [this, sealed_hash, hash_of("delegation", signer)])
+    if not signed_by(signer, signature, text_signed):
         raise RefusedError(f"the seal of {header['key']} is broken")
     if by_machine != (header["risk"] == "low") or by_machine != (header["policy"]["all"][0]["group"] == "machine"):
         raise RefusedError(f"{header['key']} is sealed by the machine, which may seal low risk only" if by_machine else f"{header['key']}: an odd policy")
     return header
+
+
+DELEGATION_SHAPE: Fields = {"format": TEXT, "vault_id": TEXT, "key": TEXT, "base": TEXT, "fields": TEXT, "risk": TEXT, "policy": TEXT, "handler": TEXT,
+                           "sign": TEXT, "created": NUMBER, "expires": NUMBER}  # fmt: skip
+DELEGATED_FOR = 366 * DAY
+
+
+def sealed_fields(header: Row) -> str:
+    """The hash of all of a header that a mere new value leaves as it is."""
+    return hash_of("fields", {name: value for name, value in header.items() if name not in ("version", "created", "commitment")})
+
+
+def check_delegation(delegation: Row, header: Row, owner: Row) -> Row:
+    """The document by which an owner lets a rotation seal new values; RefusedError when it does not allow this header."""
+    try:
+        document = shaped(parse_canonical(delegation["document"]), DELEGATION_SHAPE, "a delegation")
+    except ValueError as error:
+        raise RefusedError(f"a delegation {error}") from None
+    if document["format"] != "grace-delegation/1" or not signed_by(owner, bytes(delegation["signature"]), statement("delegation-signature", document)):
+        raise RefusedError(f"the delegation for {header['key']} is not signed by its owner")
+    if (document["vault_id"], document["key"], document["fields"]) != (header["vault_id"], header["key"], sealed_fields(header)):
+        raise RefusedError(f"a rotation changed more of {header['key']} than its value")
+    if header["risk"] == "low" or not document["created"] <= header["created"] < document["expires"]:
+        raise RefusedError(f"the delegation for {header['key']} does not hold at that time")
+    return document
+
+
+def new_delegation(owner: Keys, header: Row, machine: Row, now: int) -> Row:
+    """A signing key for rotations of this secret, wrapped to the machine, and the owner's signature under what it may do."""
+    key = Keys.new()
+    document = {"format": "grace-delegation/1", "vault_id": header["vault_id"], "key": header["key"], "base": hash_of("header", header),
+                "fields": sealed_fields(header), "risk": header["risk"], "policy": hash_of("policy", header["policy"]), "handler": header["rotate_with"],
+                "sign": key.public["sign"], "created": now, "expires": now + DELEGATED_FOR}  # fmt: skip
+    return {"document": canonical(document).decode(), "signature": owner.sign(statement("delegation-signature", document)),
+            "private": wrap_to(machine, key.private, statement("delegation-key", document))}  # fmt: skip
 
 
 PAST_VERSIONS = 200  # that are looked at, or carried to an approver elsewhere
@@ -2090,21 +2139,40 @@ PAST_VERSIONS = 200  # that are looked at, or carried to an approver elsewhere
 
 def past_versions(reader: Reader, header: Row) -> list[Row]:
     """The versions before this one, newest first, with what their owners have signed."""
-    return [{"header": row["header"], "sealed": row["sealed_hash"], "seal": b64(bytes(row["signature"]))}
+    return [{"header": row["header"], "sealed": row["sealed_hash"], "seal": b64(bytes(row["signature"])), "delegation": carried_delegation(reader, row)}
             for row in reader.all(VERSIONS_BEFORE, key=header["key"], version=header["version"], n=PAST_VERSIONS)]  # fmt: skip
 
 
-def odd_succession(header: Row, before: list[Row], seen: Seen, vault_id: str, rosters: list[Row]) -> str | None:
+def carried_delegation(reader: Reader, entry: Row) -> Row | None:
+    """The delegation under which a version was sealed, as a text carries it."""
+    row = reader.one(GET_DELEGATION, seq=entry["delegation"]) if entry["delegation"] is not None else None
+    return {"document": row["document"], "signature": b64(bytes(row["signature"]))} if row else None
+
+
+def received_delegation(carried: Row | None) -> Row | None:
+    return {**carried, "signature": from_b64(carried["signature"], "a signature")} if carried is not None else None
+
+
+def delegation_lasts(delegation: Row | None, before: Row | None, last: Row) -> bool:
+    """Whether a delegation was given with the version `last`, or that one was sealed under the same."""
+    if delegation is None or (before is not None and before["document"] == delegation["document"]):
+        return True
+    return bool(parse_canonical(delegation["document"])["base"] == hash_of("header", last))
+
+
+def odd_succession(header: Row, delegation: Row | None, before: list[Row], seen: Seen, vault_id: str, rosters: list[Row]) -> str | None:
     """Why this version may not follow those before it, back to the one that was seen; or None.
 
-    The next version comes from the owner of the one before, or from one of its users; after low risk from any approver."""
+    The next version comes from the owner of the one before, or from one of its users; after low risk from any approver. One that
+    was sealed under a delegation follows the version that this was given with, or another one under the same."""
     after, pinned = header, seen.secrets.get(header["key"], [0, "", False])
     machines = {fingerprint(roster["machine"]) for roster in rosters}
     for row in before:
         if after["version"] <= max(pinned[0], 1):
             return None
         try:
-            last = check_seal(row["header"], row["sealed"], from_b64(row["seal"], "a seal"), vault_id, rosters[-1], rosters)
+            under = received_delegation(row["delegation"])
+            last = check_seal(row["header"], row["sealed"], from_b64(row["seal"], "a seal"), vault_id, rosters[-1], under, rosters)
         except RefusedError as error:
             return f"the version before version {after['version']} of {header['key']} does not hold: {error.cause}"
         if (last["key"], last["version"]) != (header["key"], after["version"] - 1):
@@ -2113,7 +2181,9 @@ def odd_succession(header: Row, before: list[Row], seen: Seen, vault_id: str, ro
             return f"version {last['version']} of {header['key']} is another one than the one seen before"
         if last["owner"] not in machines and after["owner"] != last["owner"] and after["owner"] not in holders(last, "user"):
             return f"version {after['version']} of {header['key']} is by somebody who neither owned the one before nor was one of its users"
-        after = last
+        if not delegation_lasts(delegation, under, last):
+            return f"version {after['version']} of {header['key']} was sealed under a delegation that had ended"
+        after, delegation = last, under
     return None if after["version"] <= max(pinned[0], 1) else f"the version before version {after['version']} of {header['key']} is missing"
 
 
@@ -2188,13 +2258,14 @@ def share_info(header_hash: str, sealed_hash: str, group: str, member: str, inde
     return statement("share", [header_hash, sealed_hash, group, member, index])
 
 
-def seal(keys: Keys, fields: Row, value: bytes, roster: Row) -> Row:
+def seal(keys: Keys, fields: Row, value: bytes, roster: Row, delegation: Row | None = None) -> Row:
     """A new version: header, sealed value, signature and shares. `fields` is the header without what is made here.
 
-    `pieces`, the parts in clear, and `sign` are for standing consents that follow, and are stored nowhere."""
+    Under a delegation, whose key then signs, the owner is who he was. `pieces`, the parts in clear, and `sign` are for
+    standing consents that follow, and are stored nowhere."""
     parts = {group["group"]: os.urandom(32) for group in fields["policy"]["all"]}
     dek = functools.reduce(xor_bytes, parts.values(), bytes(32))
-    header = {**fields, "owner": keys.fingerprint, "suite": SUITE, "commitment": commitment(dek)}
+    header = {**fields, "owner": fields["owner"] if delegation else keys.fingerprint, "suite": SUITE, "commitment": commitment(dek)}
     sealed = encrypted(dek, pad(value), canonical(header))
     this, sealed_hash = hash_of("header", header), sha256(sealed)
     people = {fingerprint(person): person for person in [roster["machine"], *roster["approvers"]]}
@@ -2205,8 +2276,12 @@ def seal(keys: Keys, fields: Row, value: bytes, roster: Row) -> Row:
             wrap = wrap_to(people[member], piece, share_info(this, sealed_hash, group["group"], member, index))
             shares.append({"group": group["group"], "member": member, "index": index, "wrap": wrap})
             pieces[group["group"], index] = piece
-    return {"header": header, "sealed": sealed, "signature": keys.sign(statement("seal", [this, sealed_hash])), "shares": shares,
-            "pieces": pieces, "sign": keys.sign}  # fmt: skip
+    under = json.loads(delegation["document"]) if delegation else None
+    text = statement("delegated-seal", [this, sealed_hash, hash_of("delegation", under)]) if delegation else statement("seal", [this, sealed_hash])
+    may_rotate = header["rotate_with"] and header["risk"] != "low" and delegation is None
+    delegate = new_delegation(keys, header, roster["machine"], header["created"]) if may_rotate else None
+    return {"header": header, "sealed": sealed, "signature": keys.sign(text), "shares": shares, "delegation": delegation["seq"] if delegation else None,
+            "delegate": delegate, "pieces": pieces, "sign": keys.sign}  # fmt: skip
 
 
 def put_version(tx: Tx, made: Row, kind: str) -> tuple[int, str]:
@@ -2218,7 +2293,12 @@ def put_version(tx: Tx, made: Row, kind: str) -> tuple[int, str]:
     tx.run(DROP_SHARES, key=header["key"])
     tx.run(EMPTY_VERSIONS, key=header["key"], now=tx.now)
     tx.run(PUT_SECRET, key=header["key"], version=header["version"], header=canonical(header).decode(), sealed=made["sealed"],
-           sealed_hash=sha256(made["sealed"]), signature=made["signature"], now=tx.now)  # fmt: skip
+           sealed_hash=sha256(made["sealed"]), signature=made["signature"], delegation=made["delegation"],
+           rotate_at=tx.now + header["rotate_every"] if header["rotate_every"] else None, now=tx.now)  # fmt: skip
+    if made["delegation"] is None:
+        tx.run(END_DELEGATIONS, key=header["key"])
+    if made["delegate"]:
+        tx.run(PUT_DELEGATION, key=header["key"], now=tx.now, **made["delegate"])
     tx.many(PUT_SHARE, [{"key": header["key"], "version": header["version"], **share} for share in made["shares"]])
     emit(tx, "secrets.secret.rotated" if kind == "rotated" else "secrets.secret.stored", header["key"],
          {"secret_key": header["key"], "version": header["version"], "risk_level": header["risk"], "service": header["service"]})  # fmt: skip
@@ -2350,6 +2430,26 @@ def resealed_low(store: Store, entry: Row, person: Approver, machine: Keys, rost
     return seal(machine, next_header(person.vault_id, roster, header["key"], header, entry["version"] + 1, {}, clock()), value, roster)
 
 
+def delegated_version(vault: Vault, key: str, value: bytes) -> Row:
+    """A new value sealed in its owner's name, as he has allowed it to rotations; with keys that can read none. DeniedError, LockedError."""
+    store = vault.store
+    entry, header = vault.current(store, key)
+    row = store.one(NEWEST_DELEGATION, key=key)
+    hint = f"let its owner seal it anew: grace secret rotate {key}"
+    if row is None:
+        raise LockedError(f"the owner of {key} has not allowed rotations without him", f"he allows them with: grace secret set {key} --rotate-with HANDLER")
+    now = clock()
+    document = check_delegation(row, {**header, "created": now}, person_of(vault.roster, header["owner"]) or {"sign": ""})
+    if entry["delegation"] != row["seq"] and document["base"] != hash_of("header", header):
+        raise RefusedError(f"the delegation for {key} was given with another version", hint)
+    if gone := {member for group in header["policy"]["all"] for member in group["members"]} - {fingerprint(person) for person in active(vault.roster)}:
+        names = [str((person_of(vault.roster, member) or {"name": "?"})["name"]) for member in sorted(gone)]
+        raise DeniedError(f"{key} is shared with {', '.join(names)}, who was removed", hint)
+    keys = Keys(vault.machine.unwrap(bytes(row["private"]), statement("delegation-key", document)))
+    fields = {name: field for name, field in header.items() if name not in ("suite", "commitment")}
+    return seal(keys, {**fields, "version": header["version"] + 1, "created": now}, value, vault.roster, row)
+
+
 def secret_document(vault: Vault, entry: Row) -> Row:
     """A version of a secret without its value."""
     try:
@@ -2367,7 +2467,8 @@ def secret_document(vault: Vault, entry: Row) -> Row:
         "username": header.get("username"), "risk_level": header.get("risk"), "action_risks": header.get("action_risks"), "owner": owner,
         "policy": policy_text(header["policy"]) if not odd_policy(header.get("policy")) else None, "same_person": header.get("same_person"),
         "allow_standing": header.get("allow_standing"), "verified": verified if entry["sealed"] is not None else None,
-        "rotate_reason": entry["rotate_reason"], "rotate_every_ms": header.get("rotate_every"), "rotate_with": header.get("rotate_with"),
+        "rotate_reason": entry["rotate_reason"], "rotate_at": format_instant(entry["rotate_at"]), "rotate_task": entry["rotate_task"],
+        "delegated": entry["delegation"] is not None, "rotate_every_ms": header.get("rotate_every"), "rotate_with": header.get("rotate_with"),
         "created_at": format_instant(entry["created_at"]), "expires_at": format_instant(header.get("expires")),
         "removed_at": format_instant(entry["removed_at"]),
     }  # fmt: skip
@@ -2438,11 +2539,11 @@ GRANT_SHAPE: Fields = {
     "size": NUMBER, "head": TEXT, "nonce": TEXT,
 }  # fmt: skip
 CASE_SHAPE: Fields = {
-    "format": TEXT, "consent_id": TEXT, "request": TEXT, "header": TEXT, "sealed": TEXT, "seal": TEXT, "before": (list,), "leaf": TEXT, "rosters": (list,),
-    "shares": (list,), "grants": (list,), "earlier": (dict,),
+    "format": TEXT, "consent_id": TEXT, "request": TEXT, "header": TEXT, "sealed": TEXT, "seal": TEXT, "delegation": (dict, type(None)),
+    "before": (list,), "leaf": TEXT, "rosters": (list,), "shares": (list,), "grants": (list,), "earlier": (dict,),
 }  # fmt: skip
 CASE_PARTS: dict[str, Fields] = {
-    "before": {"header": TEXT, "sealed": TEXT, "seal": TEXT},
+    "before": {"header": TEXT, "sealed": TEXT, "seal": TEXT, "delegation": (dict, type(None))},
     "rosters": {"number": NUMBER, "document": TEXT, "signature": TEXT}, "shares": {"group": TEXT, "member": TEXT, "index": NUMBER, "wrap": TEXT},
     "grants": {"document": TEXT, "signature": TEXT, "wrap_hash": MAYBE_TEXT},
 }  # fmt: skip
@@ -2900,7 +3001,7 @@ def build_case(tx: Tx, consent_id: str, who: str, member: str | None = None) -> 
     return {
         "format": "grace-case/1", "consent_id": row["consent_id"], "request": row["request"], "header": entry["header"],
         "sealed": sha256(bytes(entry["sealed"])), "seal": b64(bytes(entry["signature"])), "leaf": leaf,
-        "before": past_versions(tx, {"key": row["secret_key"], "version": row["secret_version"]}),
+        "delegation": carried_delegation(tx, entry), "before": past_versions(tx, {"key": row["secret_key"], "version": row["secret_version"]}),
         "rosters": [{"number": r["number"], "document": r["document"], "signature": b64(bytes(r["signature"]))} for r in tx.all(ROSTERS)],
         "shares": [{"group": s["group_name"], "member": s["member"], "index": s["share_index"], "wrap": b64(bytes(s["wrap"]))}
                    for s in tx.all(SHARES_OF, key=row["secret_key"], version=row["secret_version"]) if member in (None, s["member"])],
@@ -2923,6 +3024,9 @@ def parse_case(text: str) -> Row:
     for name, shape in CASE_PARTS.items():
         for item in case[name]:
             shaped(item, shape, "this text")
+    for carrier in (case, *case["before"]):
+        if carrier["delegation"] is not None:
+            shaped(carrier["delegation"], {"document": TEXT, "signature": TEXT}, "this text")
     counts = case["earlier"].items()
     if case["format"] != "grace-case/1" or not all(status in CONSENT_STATUS and type(n) is int and n >= 0 for status, n in counts):
         raise RefusedError("this is no exported request", EXPORT_ANEW)
@@ -2937,10 +3041,11 @@ class Review:
         self.approver, self.case = approver, case
         rosters = [{**row, "signature": from_b64(row["signature"], "a signature")} for row in case["rosters"]]
         self.roster = approver.meet(rosters).roster
-        self.header = check_seal(case["header"], case["sealed"], from_b64(case["seal"], "a seal"), approver.vault_id, self.roster)
+        under = received_delegation(case["delegation"])
+        self.header = check_seal(case["header"], case["sealed"], from_b64(case["seal"], "a seal"), approver.vault_id, self.roster, under)
         if problem := approver.seen.odd_version(self.header):
             raise RefusedError(f"rolled back: {problem}")
-        if problem := odd_succession(self.header, case["before"], approver.seen, approver.vault_id, approver.rosters):
+        if problem := odd_succession(self.header, under, case["before"], approver.seen, approver.vault_id, approver.rosters):
             raise RefusedError(problem)
         self.request = checked_request(case["request"], self.header, case["sealed"], approver.vault_id)
         if self.request["consent_id"] != case["consent_id"]:
@@ -3139,6 +3244,7 @@ def remove_secret(tx: Tx, key: str) -> Row:
         raise NotFoundError(f"there is no secret {key!r}", "see them with: grace secret list")
     void_open_consents(tx, key, "the secret was removed")
     tx.run(DROP_SHARES, key=key)
+    tx.run(END_DELEGATIONS, key=key)
     tx.run(EMPTY_VERSIONS, key=key, now=tx.now)
     emit(tx, "secrets.secret.removed", key, {"secret_key": key, "version": newest["version"]})
     record(tx, "secret.removed", key, {"version": newest["version"], "uid": os.geteuid(), "signed": False})
@@ -3224,11 +3330,6 @@ def unwrapped(granted: list[tuple[Row, Row]], keys: Keys) -> dict[str, dict[int,
     return parts
 
 
-def sealed_fields(header: Row) -> str:
-    """The hash of all of a header that a mere new value leaves as it is."""
-    return hash_of("fields", {name: value for name, value in header.items() if name not in ("version", "created", "commitment")})
-
-
 def standing_terms(tx: Tx, vault: Vault, row: Row, header: Row) -> tuple[Row, Row]:
     """The request behind a standing consent and the header that it was approved for; RefusedError when it does not hold for this one."""
     if row["mode"] != "standing" or row["secret_key"] != header["key"]:
@@ -3236,7 +3337,8 @@ def standing_terms(tx: Tx, vault: Vault, row: Row, header: Row) -> tuple[Row, Ro
     first = tx.one(GET_VERSION, key=row["secret_key"], version=row["secret_version"])
     if first is None:
         raise RefusedError("the version that the standing consent was given for is missing")
-    sealed_as = check_seal(first["header"], first["sealed_hash"], bytes(first["signature"]), vault.id, vault.roster, vault.rosters)
+    under = received_delegation(carried_delegation(tx, first))
+    sealed_as = check_seal(first["header"], first["sealed_hash"], bytes(first["signature"]), vault.id, vault.roster, under, vault.rosters)
     terms = filed_request(tx, row, sealed_as, first["sealed_hash"], vault.id)
     followed = sealed_as["version"] != header["version"]
     if followed and (not terms["standing"]["follow"] or sealed_fields(sealed_as) != sealed_fields(header)):
@@ -3254,7 +3356,8 @@ def standing_parts(tx: Tx, vault: Vault, standing_id: str, entry: Row, header: R
     granted = checked_all(tx, vault, row, sealed_as, terms)
     if sealed_as["version"] == header["version"]:
         return unwrapped(granted, vault.machine)
-    sealer = person_of(vault.roster, header["owner"]) or {}
+    under = carried_delegation(tx, entry)
+    sealer = json.loads(under["document"]) if under else person_of(vault.roster, header["owner"]) or {}
     parts: dict[str, dict[int, bytes]] = {}
     stored = {(part["group_name"], part["approver"]): part for part in tx.all(STANDING_PARTS_OF, id=standing_id, version=header["version"])}
     for grant, _ in granted:
@@ -3551,6 +3654,12 @@ def vault_findings(store: Store, vault: Vault) -> Iterator[Finding]:
         document = secret_document(vault, entry)
         if not document["verified"]:
             yield "problem", "seal", f"{document['secret_key']} does not verify: somebody has changed it", "store it anew, with a new value"
+        for row in store.all(STANDING_OF, key=entry["secret_key"]):
+            request = listed_request(row)
+            left = "as often as it comes" if row["max_uses"] is None else f"{row['max_uses'] - row['used_count']} more times"
+            yield ("note", "standing_consent", f"this machine's key opens {entry['secret_key']} without asking, {left} until "
+                   f"{format_instant(row['grant_expires_at'])}: {request['claimed']['action']} by {request['claimed']['by']}",
+                   f"take it back: grace consent revoke {row['consent_id']} --reason TEXT")  # fmt: skip
         if entry["rotate_reason"]:
             key = document["secret_key"]
             yield "risk", "rotate", f"{key} should get a new value: {entry['rotate_reason']}", f"grace secret rotate {key}"
@@ -4378,6 +4487,49 @@ def recover_expired(tx: Tx) -> int:
     for attempt in expired:
         recover(tx, attempt)
     return len(expired)
+
+
+ROTATIONS_DUE = """SELECT secret_key, version, header, rotate_at FROM secret_entries WHERE rotate_at <= :now AND sealed IS NOT NULL
+  ORDER BY rotate_at LIMIT 20"""
+ROTATIONS_OVER = """SELECT e.secret_key, e.version, e.header, e.rotate_task, t.status, t.error FROM secret_entries e
+  JOIN htm_tasks t ON t.task_id = e.rotate_task WHERE e.rotate_task IS NOT NULL AND t.finished_at IS NOT NULL"""
+SET_ROTATION = """UPDATE secret_entries SET rotate_at = :at, rotate_task = :task_id, rotate_reason = :reason
+  WHERE secret_key = :key AND version = :version AND sealed IS NOT NULL"""
+ROTATE_AGAIN = DAY  # after a rotation that failed, or sooner where the secret's own interval is shorter
+
+
+def rotations_wait(reader: Reader, now: int) -> bool:
+    return bool(reader.one(ROTATIONS_DUE, now=now) or reader.one(ROTATIONS_OVER))
+
+
+def look_after_rotations(tx: Tx) -> None:
+    """Begin what is due, as a task where a handler makes the new value; what has ended without one has failed."""
+    for row in tx.all(ROTATIONS_OVER):
+        why = row["error"] or ("the handler stored no new value" if row["status"] == "completed" else f"its task ended {row['status']}")
+        rotation_failed(tx, row, row["rotate_task"], why)
+    for row in tx.all(ROTATIONS_DUE, now=tx.now):
+        handler = fitting(stored_object(row["header"])).get("rotate_with")
+        facts = {"secret_key": row["secret_key"], "version": row["version"], "due_at": row["rotate_at"], "handler": handler}
+        emit(tx, "secrets.secret.due", row["secret_key"], facts)
+        record(tx, "secret.due", row["secret_key"], {"version": row["version"], "handler": handler})
+        try:
+            spec = {"goal": f"Give {row['secret_key']} a new value", "handler": handler, "domain": "rotation",
+                    "context": to_json({name: facts[name] for name in ("secret_key", "version")})}  # fmt: skip
+            task_id = submit(tx, [spec])[0]["task_id"] if handler else None
+        except GraceError as error:
+            rotation_failed(tx, row, None, error.message)
+            continue
+        tx.run(SET_ROTATION, key=row["secret_key"], version=row["version"], at=None, task_id=task_id, reason="a new value is due")
+
+
+def rotation_failed(tx: Tx, row: Row, task_id: str | None, why: str) -> None:
+    """The old value stays, and it is tried again."""
+    every = fitting(stored_object(row["header"])).get("rotate_every") or ROTATE_AGAIN
+    emit(tx, "secrets.secret.rotation_failed", row["secret_key"], {"secret_key": row["secret_key"], "version": row["version"], "task_id": task_id,
+                                                                   "error": why, "again_at": tx.now + min(every, ROTATE_AGAIN)})  # fmt: skip
+    record(tx, "secret.rotation_failed", row["secret_key"], {"version": row["version"], "task": task_id})
+    tx.run(SET_ROTATION, key=row["secret_key"], version=row["version"], at=tx.now + min(every, ROTATE_AGAIN), task_id=None,
+           reason=f"its rotation failed: {why}"[:500])  # fmt: skip
 
 
 SUSPECTS = "SELECT * FROM bridge_suspects ORDER BY seq LIMIT 200"
@@ -5618,6 +5770,9 @@ class Daemon:
             self.check_at = now + 1
             known = {burial.worker["worker_id"] for burial in self.burials}
             self.burials += [burial for burial in find_dead(self.store, self.worker) if burial.worker["worker_id"] not in known]
+            if not self.drain and self.stop_at is None and rotations_wait(self.store, clock()):
+                self.store.write(look_after_rotations)
+                self.look = True
         waiting = [burial for burial in self.burials if not burial.step()]
         self.look = self.look or len(waiting) < len(self.burials)
         self.burials = waiting
@@ -6609,15 +6764,17 @@ class LazyGroup(click.Group):
         self.params += common_options()
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted({name for name in (*COMMANDS[self.path], *(() if self.path else GROUPS)) if name})
+        groups = (name.rpartition(" ") for name in GROUPS)
+        return sorted({name for name in (*COMMANDS[self.path], *(name for above, _, name in groups if above == self.path)) if name})
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if not self.path and name in GROUPS:
-            fn, parameters = COMMANDS[name].get("", (None, ()))
+        path = f"{self.path} {name}".strip()
+        if path in GROUPS:
+            fn, parameters = COMMANDS[path].get("", (None, ()))
             if fn is None:
-                return LazyGroup(name, help=GROUPS[name], no_args_is_help=False)
+                return LazyGroup(path, help=GROUPS[path], no_args_is_help=False)
             main_command = build_command(name, fn, parameters)
-            return LazyGroup(name, help=GROUPS[name], params=main_command.params[:-2], callback=unless_sub(main_command.callback), invoke_without_command=True)
+            return LazyGroup(path, help=GROUPS[path], params=main_command.params[:-2], callback=unless_sub(main_command.callback), invoke_without_command=True)
         declared = COMMANDS[self.path].get(name) if name else None
         return build_command(name, *declared) if declared else None
 
@@ -6670,6 +6827,7 @@ GROUPS.update({
     "audit": "The chained record of what happened to the vault.",
     "config": "The settings, each with a default and a sentence.",
     "consent": "Requests to use secrets, and the answers.",
+    "consent template": "Pre-approvals for named secrets, signed and limited.",
     "events": "The event bus: what happened, in order.",
     "handler": "The commands that do the work, by name.",
     "intent": "Goals and how they went.",
@@ -7922,6 +8080,8 @@ SECRET_OPTIONS = (
     opt("--owner", kind="name", help="The approver who seals it [default: the login name]."),
     opt("--username", kind=Checked("text", text_of("a user name", 200)), help="The login that goes with it."),
     opt("--expires", "expires_ms", kind="duration", help="Refuse to open it after this long."),
+    opt("--rotate-every", "rotate_every", kind="duration", help="A new value is due after this long, again and again."),
+    opt("--rotate-with", "rotate_with", kind="name", help="The handler that then makes it, with a key that can seal a new value and read none."),
 )
 VALUE_OPTIONS = (opt("--value-file", metavar="FILE", help="Where the value is [default: stdin, or a hidden prompt]."),
                  opt("--raw", is_flag=True, help="Keep a trailing newline."))  # fmt: skip
@@ -8003,6 +8163,8 @@ def secret_set(app: App, key: str, value_file: str | None, raw: bool, owner: str
     _, vault = open_vault(app)
     value = read_value(value_file, raw, passphrase_file, key)
     options.update(action_risks=dict(action_risk) or None, expires=clock() + expires_ms if expires_ms else None)
+    if options["rotate_with"]:
+        find_handler(vault.store, options["rotate_with"])
     show_secret(app, seal_next(app, vault, key, value, options, owner, passphrase_file, "stored"))
 
 
@@ -8010,12 +8172,26 @@ def secret_set(app: App, key: str, value_file: str | None, raw: bool, owner: str
     "secret rotate",
     arg("key", SECRET_NAME),
     opt("--owner", kind="name", help="The approver who seals it [default: the login name]."),
+    opt("--delegated", is_flag=True, help="Seal it as its owner has allowed rotations to, without a passphrase."),
     *VALUE_OPTIONS,
     PASSPHRASE,
 )
-def secret_rotate(app: App, key: str, owner: str | None, value_file: str | None, raw: bool, passphrase_file: str | None) -> None:
+def secret_rotate(app: App, key: str, owner: str | None, delegated: bool, value_file: str | None, raw: bool, passphrase_file: str | None) -> None:
     """Give a secret a new value; everything else stays."""
+    if delegated and (owner or passphrase_file):
+        raise UsageError("--delegated takes no owner and no passphrase")
     store, vault = open_vault(app)
+    if delegated:
+        value = read_value(value_file, raw, None, key)
+        with refusals(store, key, plain=False):
+            if stored_object(entry_of(store, key)["header"]).get("risk") == "low":
+                raise UsageError(f"{key} is of low risk, which this machine seals by itself", "leave --delegated out")
+            made = delegated_version(vault, key, value)
+        stored = store.write(lambda tx: store_version(tx, made, "rotated", None, vault))
+        vault.learn_head(made["header"])
+        shred(store)
+        show_secret(app, secret_document(vault, stored))
+        return
     with refusals(store, key, plain=False):
         vault.current(store, key)
     show_secret(app, seal_next(app, vault, key, read_value(value_file, raw, passphrase_file, key), {}, owner, passphrase_file, "rotated"))
@@ -8416,14 +8592,15 @@ def consent_request(app: App, key: str, grant_for: int | None, uses: int | None,
         return
     terms = {"uses": uses, "action": "exact", "by": "exact", "follow": follow, "template": None, "origin": None}
     with refusals(store, key, plain=True):
-        row = store.write(lambda tx: file_standing(tx, vault, standing_spec(tx, vault, spec, grant_for, terms)))
+        standing = standing_spec(vault, spec, grant_for, terms)
+        row = store.write(lambda tx: file_standing(tx, vault, standing))
     vault.learn_head()
     show_consent(app, store, row)
 
 
-def standing_spec(tx: Tx, vault: Vault, spec: Row, grant_for: int, terms: Row) -> Row:
+def standing_spec(vault: Vault, spec: Row, grant_for: int, terms: Row) -> Row:
     """What file_standing() takes, from the options of a command."""
-    _, header = vault.current(tx, spec["key"])
+    _, header = vault.current(vault.store, spec["key"])
     claimed = {"by": spec["by"], "for": spec["purpose"], "action": spec["action"], "user": spec["user"], "context": spec["context"]}
     return {"key": spec["key"], "claimed": claimed, "reported": spec["reported"], "risk": spec["risk"], "timeout_ms": spec["timeout_ms"],
             "user": choose_user(vault.roster, header, spec["user"], spec["login"]), "grant_for": grant_for, "terms": terms}  # fmt: skip
@@ -8727,6 +8904,164 @@ def consent_import(app: App, file: str) -> None:
         )
     vault.learn_head()
     show_consent(app, store, done)
+
+
+TEMPLATE_ROWS = """SELECT * FROM secret_consent_records WHERE mode = 'standing' AND json(request) -> 'standing' ->> 'template' IS NOT NULL
+  ORDER BY seq"""
+TEMPLATE_REMOVED = "the template was removed"
+TEMPLATE_SIGNERS = (opt("--approver", kind="name", multiple=True, help="Who signs (repeatable) [default: the login name]."),
+                    opt("--passphrase-file", metavar="FILE", multiple=True, help="Their passphrases, in the same order."))  # fmt: skip
+
+
+def parse_pattern(text: str) -> tuple[str, str]:
+    """('exact', text), or ('prefix', text) for one that ends in a star behind at least three characters."""
+    stem = text.removesuffix("*")
+    if not stem or "*" in stem or "?" in stem or (stem != text and len(stem) < 3):
+        raise ValueError(f"{text[:60]!r} is neither an exact text nor at least three characters and a star at the end, such as backup*")
+    return ("exact" if stem == text else "prefix"), check_text(stem, "it", 128)
+
+
+PATTERN = Checked("pattern", parse_pattern)
+
+
+def templates_of(reader: Reader) -> dict[str, dict[str, Row]]:
+    """The templates that were not removed: by name, the newest standing consent of each secret."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in reader.all(TEMPLATE_ROWS):
+        name = str(listed_request(row).get("standing", {}).get("template"))
+        found.setdefault(name, {})[row["secret_key"]] = row
+    return {name: rows for name, rows in found.items() if any(row["revocation_reason"] != TEMPLATE_REMOVED for row in rows.values())}
+
+
+def template_document(reader: Reader, name: str, rows: dict[str, Row]) -> Row:
+    now, some = clock(), next(iter(rows.values()))
+    request = listed_request(some)
+    terms = request.get("standing", {"action": "exact", "by": "exact"})
+    bound = {what: request["claimed"][what] + ("*" if terms[what] == "prefix" else "") for what in ("action", "by")}
+    stale = [key for key, row in rows.items() if row["revocation_reason"] == CHANGED and (row["grant_expires_at"] or 0) > now]
+    return {"template": name, "action": bound["action"], "requested_by": bound["by"], "expires_at": format_instant(some["grant_expires_at"]),
+            "needs_refresh": stale,
+            "secrets": [{"secret_key": key, "secret_version": row["secret_version"], "consent_id": row["consent_id"], "consent_status": row["consent_status"],
+                         "used_count": row["used_count"], "max_uses": row["max_uses"]} for key, row in rows.items()]}  # fmt: skip
+
+
+def show_templates(app: App, documents: list[Row], one: bool = False) -> None:
+    rows = [(d["template"], s["secret_key"], s["consent_status"] + (" (needs a refresh)" if s["secret_key"] in d["needs_refresh"] else ""),
+             printable(d["action"]), printable(d["requested_by"]), f"{s['used_count']}/{s['max_uses']}", d["expires_at"] or "-")
+            for d in documents for s in d["secrets"]]  # fmt: skip
+    headings = ("TEMPLATE", "SECRET", "STATUS", "ACTION", "BY", "USED", "UNTIL")
+    app.show(documents[0] if one else documents, lambda: show_table(headings, rows, "no templates; make one: grace consent template add NAME …"))
+
+
+def unlock_all(vault: Vault, names: tuple[str, ...], sources: tuple[str, ...]) -> list[Approver]:
+    """Several approvers, each with his own passphrase; a file for each, or the terminal."""
+    if len(sources) > max(1, len(names)) or len(set(names)) < len(names):
+        raise UsageError("name each approver once, and a passphrase file for each")
+    refuse_two_from_stdin(*sources)
+    chosen = names or (choose_approver(vault, None),)
+    return [unlock(vault, choose_approver(vault, name), sources[number] if number < len(sources) else None) for number, name in enumerate(chosen)]
+
+
+def sign_templates(app: App, vault: Vault, people: list[Approver], specs: list[Row], source: str | None) -> dict[str, Row]:
+    """File standing consents, show them all, and after one yes sign them; the rows by secret. When one is not complete, none stays."""
+    store = vault.store
+    with refusals(store, "template", plain=False):
+        filed = [row["consent_id"] for row in store.write(lambda tx: [file_standing(tx, vault, spec) for spec in specs])]
+    try:
+        for number, consent_id in enumerate(filed):
+            for person in people:
+                review, seen = judge(vault, person, get_consent(store, consent_id))
+                if person is people[0]:
+                    show_prompt(app, review, seen, False)
+                    confirmed(review, None, source) if number == len(filed) - 1 else None
+        for consent_id in filed:
+            for person in people:
+                review, seen = judge(vault, person, get_consent(store, consent_id))
+                row = sign_and_record(vault, review, review.groups(None), seen, None, source)
+            if row["consent_status"] != "approved":
+                raise DeniedError(f"{row['secret_key']} takes more approvers", "name them: --approver NAME --approver NAME")
+    except BaseException:
+        for consent_id in filed:
+            with contextlib.suppress(GraceError):
+                store.write(functools.partial(revoke, consent_id=consent_id, reason=TEMPLATE_REMOVED))
+        raise
+    return {row["secret_key"]: row for row in (get_consent(store, consent_id) for consent_id in filed)}
+
+
+@command("consent template add", arg("name", "name"),
+         opt("--secret", "keys", kind=SECRET_NAME, multiple=True, required=True, help="For this one (repeatable)."),
+         opt("--action", kind=PATTERN, required=True, help="For this action; backup* for all that begin so."),
+         opt("--by", kind=PATTERN, required=True, help="For this requester; nightly-* for all that begin so."),
+         opt("--for", "grant_for", kind="duration", required=True, help="For so long."),
+         opt("--uses", kind="limit", required=True, help="At most so many uses of each secret."),
+         opt("--user", kind="name", help="Only for requests that name this approver."), *TEMPLATE_SIGNERS)  # fmt: skip
+def consent_template_add(app: App, name: str, keys: tuple[str, ...], action: tuple[str, str], by: tuple[str, str], grant_for: int, uses: int, user: str | None,
+                         approver: tuple[str, ...], passphrase_file: tuple[str, ...]) -> None:  # fmt: skip
+    """Approve beforehand what asks for these secrets of medium risk in this way; nobody is asked then."""
+    named("an action", action[1])
+    store, vault = open_vault(app)
+    if name in templates_of(store):
+        raise ConflictError(f"there is a template {name} already", f"grace consent template remove {name}, or refresh")
+    people = unlock_all(vault, approver, passphrase_file)
+    terms = {"uses": uses, "action": action[0], "by": by[0], "follow": False, "template": name, "origin": None}
+    asked: Row = {"purpose": f"template {name}", "by": by[1], "user": user, "risk": None, "context": "{}", "timeout_ms": HOUR}
+    specs = [standing_spec(vault, ask_spec(key, action[1], **asked), grant_for, terms) for key in dict.fromkeys(keys)]
+    rows = sign_templates(app, vault, people, specs, passphrase_file[0] if passphrase_file else None)
+    show_templates(app, [template_document(store, name, rows)], one=True)
+
+
+def known_template(reader: Reader, name: str) -> dict[str, Row]:
+    templates = templates_of(reader)
+    if name not in templates:
+        raise NotFoundError(f"there is no template {name!r}", nearest_hint(name, templates, "grace consent template list"))
+    return templates[name]
+
+
+@command("consent template list")
+def consent_template_list(app: App) -> None:
+    """The templates, how often each was used, and until when it holds."""
+    store = consent_store(app)
+    show_templates(app, [template_document(store, name, rows) for name, rows in templates_of(store).items()])
+
+
+@command("consent template remove", arg("name", "name"))
+def consent_template_remove(app: App, name: str) -> None:
+    """Take a template back. It takes no passphrase, and is final."""
+    store = consent_store(app)
+
+    def remove(tx: Tx) -> None:
+        for row in known_template(tx, name).values():
+            if not close_consent(tx, row, REVOKE, "revoked", TEMPLATE_REMOVED, now=tx.now):
+                tx.run("UPDATE secret_consent_records SET revocation_reason = :why WHERE consent_id = :id", why=TEMPLATE_REMOVED, id=row["consent_id"])
+        record(tx, "template.removed", name, {"uid": os.geteuid(), "signed": False})
+
+    store.write(remove)
+    shred(store)
+    pin_head(store)
+    app.show({"template": name, "removed": True}, lambda: write_out(f"the template {name} was removed"))
+
+
+@command("consent template refresh", arg("name", "name"), opt("--secret", "keys", kind=SECRET_NAME, multiple=True, help="Add this secret (repeatable)."),
+         *TEMPLATE_SIGNERS)  # fmt: skip
+def consent_template_refresh(app: App, name: str, keys: tuple[str, ...], approver: tuple[str, ...], passphrase_file: tuple[str, ...]) -> None:
+    """Sign a template anew for secrets that have a new value, or were added; its end and the uses that are left stay."""
+    store, vault = open_vault(app)
+    rows, now = known_template(store, name), clock()
+    stale = [rows[key] for key in template_document(store, name, rows)["needs_refresh"]]
+    some = next(iter(rows.values()))
+    if (some["grant_expires_at"] or 0) <= now:
+        raise ConflictError(f"the template {name} has ended", f"grace consent template remove {name}, and add it anew")
+    wanted = [(row["secret_key"], row["max_uses"] - row["used_count"]) for row in stale] + [(key, some["max_uses"]) for key in keys if key not in rows]
+    if not wanted:
+        raise ConflictError(f"nothing of the template {name} needs a refresh")
+    request = request_of(some["request"])
+    asked: Row = {"purpose": request["claimed"]["for"], "by": request["claimed"]["by"], "user": request["claimed"]["user"], "risk": None, "context": "{}",
+                  "timeout_ms": HOUR}  # fmt: skip
+    specs = [standing_spec(vault, ask_spec(key, request["claimed"]["action"], **asked), some["grant_expires_at"] - now, {**request["standing"], "uses": uses})
+             for key, uses in wanted]  # fmt: skip
+    people = unlock_all(vault, approver, passphrase_file)
+    sign_templates(app, vault, people, specs, passphrase_file[0] if passphrase_file else None)
+    show_templates(app, [template_document(store, name, templates_of(store)[name])], one=True)
 
 
 REASON = opt("--reason", kind="note", required=True, help="Why, for whoever asked.")

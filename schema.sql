@@ -284,6 +284,16 @@ CREATE TABLE vault_rosters (
   signature BLOB NOT NULL CONSTRAINT roster_signature CHECK (length(signature) = 64)
 ) STRICT;
 
+-- What owners have signed so that a rotation can seal a new value without them: a key that can sign and read nothing.
+CREATE TABLE secret_delegations (
+  seq        INTEGER PRIMARY KEY,
+  secret_key TEXT NOT NULL,
+  document   TEXT NOT NULL CONSTRAINT delegation_document CHECK (json_valid(document)), -- canonical JSON
+  signature  BLOB NOT NULL CONSTRAINT delegation_signature CHECK (length(signature) = 64), -- the owner's
+  private    BLOB,                                -- the signing key, wrapped to the machine; NULL once another took its place
+  created_at INTEGER NOT NULL
+) STRICT;
+
 -- Versions of secrets. The header says whose they are and who must take part in opening them; the seal signs both.
 CREATE TABLE secret_entries (
   seq           INTEGER PRIMARY KEY,
@@ -293,7 +303,10 @@ CREATE TABLE secret_entries (
   sealed        BLOB,                             -- the encrypted value; NULL once replaced or removed
   sealed_hash   TEXT NOT NULL CONSTRAINT secret_sealed_hash CHECK (length(sealed_hash) = 64), -- which the signature covers
   signature     BLOB NOT NULL CONSTRAINT secret_signature CHECK (length(signature) = 64),
+  delegation    INTEGER REFERENCES secret_delegations (seq), -- under which it was sealed, when not by the owner himself
   rotate_reason TEXT,                             -- why this version should be replaced
+  rotate_at     INTEGER,                          -- when that is due
+  rotate_task   TEXT,                             -- the task that is at it
   created_at    INTEGER NOT NULL,
   removed_at    INTEGER,
   CONSTRAINT secret_removed_is_empty CHECK ((sealed IS NULL) = (removed_at IS NOT NULL)),
@@ -402,7 +415,9 @@ CREATE INDEX worker_not_stopped ON workers (kind) WHERE stopped_at IS NULL;
 CREATE INDEX consent_open_until ON secret_consent_records (COALESCE(grant_expires_at, expires_at))
   WHERE consent_status IN ('pending', 'approved');
 CREATE INDEX audit_of_subject ON audit_log (json(leaf) ->> 'subject');
-CREATE INDEX consent_standing ON secret_consent_records (secret_key) WHERE mode = 'standing' AND consent_status = 'approved';
+CREATE INDEX consent_standing ON secret_consent_records (secret_key) WHERE mode = 'standing';
+CREATE INDEX secret_rotate_at ON secret_entries (rotate_at) WHERE rotate_at IS NOT NULL;
+CREATE INDEX secret_in_rotation ON secret_entries (rotate_task) WHERE rotate_task IS NOT NULL;
 CREATE INDEX consent_of_secret_key ON secret_consent_records (secret_key, seq);
 
 -- Refuse: steps between statuses that do not exist.
@@ -530,9 +545,30 @@ BEGIN
   SELECT RAISE(ABORT, 'rosters are append-only');
 END;
 
-CREATE TRIGGER secret_stays BEFORE UPDATE OF secret_key, version, header, sealed_hash, signature, created_at ON secret_entries
+CREATE TRIGGER secret_stays BEFORE UPDATE OF secret_key, version, header, sealed_hash, signature, delegation, created_at ON secret_entries
 BEGIN
   SELECT RAISE(ABORT, 'a version of a secret never changes');
+END;
+
+CREATE TRIGGER delegation_stays BEFORE UPDATE OF secret_key, document, signature, created_at ON secret_delegations
+BEGIN
+  SELECT RAISE(ABORT, 'a delegation never changes');
+END;
+
+CREATE TRIGGER delegation_never_refilled BEFORE UPDATE OF private ON secret_delegations WHEN NEW.private IS NOT NULL
+BEGIN
+  SELECT RAISE(ABORT, 'a delegation is only ever emptied');
+END;
+
+CREATE TRIGGER delegation_never_deleted BEFORE DELETE ON secret_delegations
+BEGIN
+  SELECT RAISE(ABORT, 'delegations are never deleted');
+END;
+
+CREATE TRIGGER delegation_never_replaced BEFORE INSERT ON secret_delegations
+WHEN EXISTS (SELECT 1 FROM secret_delegations WHERE seq = NEW.seq)
+BEGIN
+  SELECT RAISE(ABORT, 'a delegation never changes');
 END;
 
 CREATE TRIGGER secret_never_deleted BEFORE DELETE ON secret_entries

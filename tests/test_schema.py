@@ -56,6 +56,7 @@ GRANT = "INSERT INTO consent_grants (consent_id, group_name, approver, document,
 LEAF = "INSERT INTO audit_log VALUES ({seq}, '{{}}', hex(zeroblob(32)))"
 VAULT = ";".join([LEAF.format(seq=1), LEAF.format(seq=2), "INSERT INTO audit_anchors VALUES (1, '{}', zeroblob(64))",
                   "INSERT INTO vault_rosters VALUES (1, '{}', zeroblob(64))", ENTRY.format(key="key", version=1),
+                  "INSERT INTO secret_delegations VALUES (1, 'key', '{}', zeroblob(64), x'00', 1)",
                   "INSERT INTO secret_shares VALUES (1, 'key', 1, 'user', 'm', 1, x'00')",
                   CONSENT.format(id="pending", status="pending", used=0), GRANT])  # fmt: skip
 
@@ -216,6 +217,8 @@ CHECKS = {
     "consent_mode": "DROP TRIGGER consent_stays; UPDATE secret_consent_records SET mode = 'always'",
     "consent_request": "DROP TRIGGER consent_stays; UPDATE secret_consent_records SET request = '{'",
     "consent_method": "UPDATE secret_consent_records SET approval_method = 'guess'",
+    "delegation_document": "INSERT INTO secret_delegations VALUES (2, 'key', '{', zeroblob(64), x'00', 1)",
+    "delegation_signature": "INSERT INTO secret_delegations VALUES (2, 'key', '{}', zeroblob(63), x'00', 1)",
     "standing_signature": "INSERT INTO standing_parts VALUES ('pending', 1, 'user', 'a', x'00', zeroblob(63))",
     "consent_many_uses_are_standing": "DROP TRIGGER consent_stays; UPDATE secret_consent_records SET mode = 'once'",
     "consent_max_uses": "DROP TRIGGER consent_stays; UPDATE secret_consent_records SET max_uses = 0",
@@ -273,6 +276,10 @@ REFUSING = {  # trigger -> (what it refuses, its words)
     "roster_never_deleted": ("DELETE FROM vault_rosters", "append-only"),
     "roster_grows_by_one": ("REPLACE INTO vault_rosters VALUES (1, '{\"a\":1}', zeroblob(64))", "grow by one at their end"),
     "secret_stays": ("UPDATE secret_entries SET header = '{\"a\":1}'", "a version of a secret never changes"),
+    "delegation_stays": ("UPDATE secret_delegations SET document = '{\"a\":1}'", "a delegation never changes"),
+    "delegation_never_refilled": ("UPDATE secret_delegations SET private = x'01'", "only ever emptied"),
+    "delegation_never_deleted": ("DELETE FROM secret_delegations", "never deleted"),
+    "delegation_never_replaced": ("REPLACE INTO secret_delegations VALUES (1, 'key', '{\"a\":1}', zeroblob(64), x'00', 1)", "never changes"),
     "secret_never_deleted": ("DELETE FROM secret_entries", "the header of a secret stays"),
     "secret_never_refilled": ("UPDATE secret_entries SET sealed = x'01'", "only ever emptied"),
     "secret_never_replaced": (ENTRY.format(key="key", version=1).replace("INSERT", "REPLACE"), "only gets newer versions"),
