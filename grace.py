@@ -3478,6 +3478,43 @@ def prompt_lines(review: Review, seen: Row, elsewhere: bool) -> list[str]:
     return [*lines, f"BEFORE, as {teller} says", f"  {history}", f"  answer until {format_instant(request['answer_by'])}"]
 
 
+# ---- answers that are always the same
+
+
+STREAK, PATTERN_SHOWS = 3, 5  # approvals in a row that are worth a line, and a suggestion
+
+
+def answer_ms(row: Row) -> int | None:
+    """How long a person took to say yes or no; None where nobody did."""
+    at = row["approved_at"] if row["approval_method"] == "approver" else row["denied_at"]
+    return None if at is None or row["mode"] == "standing" else max(0, at - row["requested_at"])
+
+
+def same_answers(asked: Iterable[tuple[Row, Row]]) -> list[Row]:
+    """What was approved again and again, with no denial between: by secret, action and requester, longest first."""
+    runs: dict[tuple[str, str, str], list[tuple[int, str]]] = {}
+    for row, request in asked:
+        took, key = answer_ms(row), (row["secret_key"], request["claimed"]["action"], request["claimed"]["by"])
+        if row["denied_at"] is not None:
+            runs[key] = []
+        elif took is not None:
+            runs.setdefault(key, []).append((took, request["risk"]))
+    found = [{"secret_key": key, "action": action, "requested_by": by, "approvals": len(run), "risk_level": run[-1][1],
+              "median_answer_ms": sorted(took for took, _ in run)[len(run) // 2]} for (key, action, by), run in runs.items() if len(run) >= STREAK]  # fmt: skip
+    return sorted(found, key=lambda streak: -streak["approvals"])
+
+
+def suggestion(streak: Row) -> str | None:
+    """The template that would have answered, for medium risk and words that a template can name."""
+    import shlex
+
+    if streak["approvals"] < PATTERN_SHOWS or streak["risk_level"] != "medium" or not re.fullmatch("[ -)+->@-~]{1,128}", streak["requested_by"]):
+        return None
+    name = re.sub("[^A-Za-z0-9_.-]", "-", f"{streak['secret_key']}-{streak['action']}")[:64]
+    return (f"grace consent template add {name} --secret {streak['secret_key']} --action {streak['action']} "
+            f"--by {shlex.quote(streak['requested_by'])} --for 30d --uses {2 * streak['approvals']}")  # fmt: skip
+
+
 # ---- shown to programs and people
 
 
@@ -7022,8 +7059,9 @@ def ask_spec(key: str, action: str, purpose: str, by: str | None, user: str | No
 @command("run", *SUBMIT_OPTIONS, opt("--goal", kind="goal", help="What it is for [default: the command itself]."),
          opt("--handler", hidden=True), opt("--template", hidden=True), opt("--batch", hidden=True), opt("--wait", is_flag=True, hidden=True),
          opt("--at", hidden=True), opt("--in", "in_", hidden=True), opt("--after", multiple=True, hidden=True),
-         secret_use(False), arg("cmd", nargs=-1, required=True, metavar="CMD ARGS…"))  # fmt: skip
-def run_command(app: App, cmd: tuple[str, ...], secrets: tuple[tuple[str, str, str], ...], goal: str | None, handler: Any, template: Any,
+         secret_use(False), opt("--by", kind=Checked("name", text_of("a requester", 128)), help="Who asks for secrets [default: PROGRAM@LOGIN of the caller]."),
+         arg("cmd", nargs=-1, required=True, metavar="CMD ARGS…"))  # fmt: skip
+def run_command(app: App, cmd: tuple[str, ...], secrets: tuple[tuple[str, str, str], ...], by: str | None, goal: str | None, handler: Any, template: Any,
                 batch: Any, wait: Any, at: Any, in_: Any, after: Any, **options: Any) -> int | None:  # fmt: skip
     """Run CMD here and now under an SLA of its own; ends with its exit status.
 
@@ -7034,7 +7072,7 @@ def run_command(app: App, cmd: tuple[str, ...], secrets: tuple[tuple[str, str, s
             raise UsageError(f"{name} does not go with run, which runs its command here and now", "use submit-intent for work in the background")
     text = goal or printable(" ".join(os.fsencode(word).decode(errors="backslashreplace") for word in cmd))[:2000].strip() or "command"
     try:
-        wishes = [(name, ask_spec(key, action, text, by=None, user=None, risk=None, context="{}", timeout_ms=CONSENT_WAIT)) for name, key, action in secrets]
+        wishes = [(name, ask_spec(key, action, text, by=by, user=None, risk=None, context="{}", timeout_ms=CONSENT_WAIT)) for name, key, action in secrets]
         softness = harden() if wishes else None
         store = app.store()
         vault = Vault(store) if wishes else None
@@ -8637,12 +8675,9 @@ def consent_stats(app: App) -> None:
     """How many were asked and answered, by whom, and how long answers took."""
     store = consent_store(app)
     rows = store.all("SELECT * FROM secret_consent_records ORDER BY seq")
-    answers = sorted(
-        (row["approved_at"] or row["denied_at"]) - row["requested_at"]
-        for row in rows
-        if row["approval_method"] != "auto" and (row["approved_at"] or row["denied_at"])
-    )
-    requests = [listed_request(row) for row in rows]
+    asked = [(row, listed_request(row)) for row in rows]
+    answers = sorted(ms for row in rows if (ms := answer_ms(row)) is not None)
+    streaks = same_answers(asked)
 
     def tally(values: Iterable[str]) -> dict[str, int]:
         counts: dict[str, int] = {}
@@ -8651,11 +8686,24 @@ def consent_stats(app: App) -> None:
         return dict(sorted(counts.items()))
 
     document = {"total": len(rows), "by_status": {**dict.fromkeys(CONSENT_STATUS, 0), **tally(row["consent_status"] for row in rows)},
-                "by_risk": {**dict.fromkeys(RISK_LEVELS, 0), **tally(request["risk"] for request in requests)},
+                "by_risk": {**dict.fromkeys(RISK_LEVELS, 0), **tally(request["risk"] for _, request in asked)},
+                "by_method": tally(row["approval_method"] for row in rows if row["approval_method"]),
                 "automatic": sum(row["approval_method"] == "auto" for row in rows),
-                "by_secret": tally(row["secret_key"] for row in rows), "by_requester": tally(request["claimed"]["by"] for request in requests),
-                "median_answer_ms": answers[len(answers) // 2] if answers else None, "slowest_answer_ms": answers[-1] if answers else None}  # fmt: skip
-    app.show(document, lambda: show_record(document))
+                "by_secret": tally(row["secret_key"] for row in rows), "by_requester": tally(request["claimed"]["by"] for _, request in asked),
+                "median_answer_ms": answers[len(answers) // 2] if answers else None, "slowest_answer_ms": answers[-1] if answers else None,
+                "streaks": streaks, "suggestions": [text for streak in streaks if (text := suggestion(streak))]}  # fmt: skip
+
+    def plain() -> None:
+        show_record({name: value for name, value in document.items() if name not in ("streaks", "suggestions")})
+        lines = [(str(s["approvals"]), s["secret_key"], printable(s["action"]), printable(s["requested_by"]), format_duration(s["median_answer_ms"]))
+                 for s in streaks]  # fmt: skip
+        if lines:
+            write_out("")
+            show_table(("APPROVED IN A ROW", "SECRET", "ACTION", "BY", "ANSWERED WITHIN"), lines, "")
+        for text in document["suggestions"]:
+            write_out(f"\nalways the same answer? approve it beforehand, for as long and as often as you like:\n  {text}")
+
+    app.show(document, plain)
 
 
 def ask_person(question: str, until_ms: int) -> str:

@@ -16,6 +16,7 @@ import os
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import stat
@@ -615,6 +616,28 @@ def test_history_and_stats(team: World) -> None:
     assert stats["by_status"] == {"pending": 1, "approved": 0, "denied": 1, "expired": 0, "revoked": 0, "used": 2}
     assert stats["by_risk"] == {"low": 2, "medium": 2, "high": 0, "critical": 0} and stats["by_secret"] == {"low": 2, "test_api_key": 2}
     assert stats["by_requester"] == {"Eve": 1, "tester": 3} and stats["median_answer_ms"] >= 0
+
+
+def test_stats_show_what_is_always_answered_alike(team: World) -> None:
+    """Approvals in a row of the same secret, action and requester are counted, a denial begins anew, and five of medium risk suggest a template."""
+    def answered(number: int, **asking: Any) -> None:
+        for _ in range(number):
+            team.approve(team.ask(mode="collect", **asking).consent_id, "test_user")
+
+    answered(2, by="rare")
+    answered(4, by="job's own")
+    stats = team.json("consent", "stats")
+    assert [(s["requested_by"], s["approvals"]) for s in stats["streaks"]] == [("job's own", 4)] and stats["suggestions"] == []
+    answered(1, by="job's own")
+    stats = team.json("consent", "stats")
+    (line,) = stats["suggestions"]
+    assert shlex.split(line)[:4] == ["grace", "consent", "template", "add"] and shlex.split(line)[shlex.split(line).index("--by") + 1] == "job's own"
+    assert "ANSWERED WITHIN" in team.ok("consent", "stats").out and line in team.ok("consent", "stats").out
+    denied = team.ask(mode="collect", by="job's own")
+    team.store.write(lambda tx: team.m.deny(tx, denied.consent_id, "no"))
+    answered(1, by="job's own")
+    assert team.json("consent", "stats")["streaks"] == []
+    assert "test_api_key" in line and team.ok(*shlex.split(line)[1:], *team.as_("test_user")).status == 0
 
 
 def test_events_carry_what_the_contract_names(team: World) -> None:

@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import subprocess
 import sys
 import time
@@ -98,17 +99,45 @@ def typed(command: str, place: Place, answers: dict[str, str]) -> tuple[int, str
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), shown.decode(errors="replace")
 
 
+PHRASES = {"Passphrase of root: ": "correct horse", "The same again: ": "correct horse", "Type yes to approve: ": "yes"}
+
+
+def test_living_with_it(place: Place) -> None:
+    """One approval at a terminal lets the crontab's line run night after night; a template does it for two secrets; taken back, they ask again."""
+    need("bash", "jq")
+    (setup,), (standing,), (template,) = ([block for block in blocks("sh") if word in block] for word in ("grace init", "--standing", "template add"))
+    line = next(line for line in README.splitlines() if line.startswith("15 3 * * *")).removeprefix("15 3 * * *").strip()
+    nightly = shlex.split(line.replace("/srv/shop/upload.sh", "sh -c 'test \"$SHOP_TOKEN\" = canary-7781'"))[1:]
+    assert typed(setup, place, PHRASES)[0] == 0
+    status, shown = typed(standing, place, PHRASES)
+    assert status == 0 and "STANDING for 30d, at most 40 times" in shown and "nobody is asked again" in shown, shown
+    for _ in range(3):
+        place.ok(*nightly)
+    (given,) = [consent for consent in place.json("consent", "history") if consent["mode"] == "standing"]
+    assert (given["used_count"], given["max_uses"]) == (3, 40)
+    assert sum(leaf["kind"] == "secret.used" for leaf in place.json("audit", "list", "--limit", "1000")) == 3
+    assert "standing_consent" in {finding["code"] for finding in place.json("doctor")["findings"]}
+    place.ok("consent", "revoke", given["consent_id"], "--reason", "it is over")
+    asking = place.start(*nightly)
+    until(lambda: place.json("consent", "pending"), "the question after it was taken back")
+    asking.terminate()
+    asking.wait(LIMIT)
+    assert typed("printf %s other | grace secret set cdn_token", place, PHRASES)[0] == 0
+    assert typed(template, place, PHRASES)[0] == 0
+    done = place.ok("exec", "--by", "ci-7", "--secret", "A=shop_token:upload-all", "--secret", "B=cdn_token:upload", "--", "sh", "-c", 'echo "$A $B"')
+    assert done.out == "canary-7781 other\n"
+
+
 def test_from_init_to_an_approved_exec(place: Place) -> None:
     """The README alone leads from nothing to a command that gets a secret because a person at a terminal said yes."""
     need("bash", "jq")
-    setup, ask, answer = [block for block in blocks("sh") if "grace init" in block or "grace exec" in block or "consent approve" in block]
-    phrases = {"Passphrase of root: ": "correct horse", "The same again: ": "correct horse", "Type yes to approve: ": "yes"}
-    status, shown = typed(setup, place, phrases)
+    setup, ask, answer = [block for block in blocks("sh") if "grace init" in block or "grace exec" in block or "consent pending" in block]
+    status, shown = typed(setup, place, PHRASES)
     assert status == 0 and "canary-7781" not in shown, shown
     environment = {**place.environment, "PATH": f"{Path(GRACE).parent}:{place.environment['PATH']}"}
     with subprocess.Popen(["bash", "-c", ask], cwd=place.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         until(lambda: place.json("consent", "pending"), "the request")
-        status, shown = typed(answer, place, phrases)
+        status, shown = typed(answer, place, PHRASES)
         out, err = process.communicate(timeout=LIMIT)
     assert status == 0, shown
     assert (process.returncode, out) == (0, "11 characters\n"), err
