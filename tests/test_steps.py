@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import gc
 import json
 import os
 import re
@@ -28,12 +29,13 @@ from typing import Any
 import pytest
 
 from tests.conftest import LIMIT, Place, until
-from tests.test_consent import VALUES, Row, World, consistent, word_file
+from tests.test_consent import VALUES, Row, World, consistent, copy_rows, word_file
 
 CALLS = ("fsync", "fdatasync", "rename", "renameat", "renameat2", "unlink", "unlinkat", "ftruncate", "pwrite64", "write", "sendto", "mkdir", "flock",
          "execve", "exit_group")  # fmt: skip
 SYNCS = ("fsync", "fdatasync")
 COMMIT = ("pwrite64", "fdatasync", "flock")  # enough where the rest of an act is that of another one
+FILES = (*COMMIT, "rename", "exit_group")  # the same for an act on key files, each step of which takes long
 LOOKS = (("consent", "pending", "--json"), ("secret", "list", "--json"), ("audit", "verify", "--json"), ("doctor", "--json"))
 NEW_VALUE = b"NEW-value-3ws71-canary"
 CANARIES = [*VALUES.values(), NEW_VALUE, *(f"the sentence of {name}".encode() for name in ("anna", "ben", "carl", "new"))]
@@ -147,6 +149,7 @@ def at_once(jobs: list[Callable[[], None]]) -> None:
     for number, report in enumerate(reports):
         pid = os.fork()
         if pid == 0:
+            gc.freeze()  # else each collection would copy the pages of all that is shared with this process
             for job in jobs[number::count]:
                 try:
                     job()
@@ -259,10 +262,10 @@ class Walk:
     def __init__(self, ground: Place, module: Any, folder: Path, act: Act):
         self.module, self.folder, self.act = module, folder, act
         self.ground = self.copy(ground.folder, "ground")
-        self.here()
+        os.environ["HOME"] = str(self.ground.place.folder)
+        self.usual = problems(self.ground.call("doctor", "--json").json)
         self.facts = act.prepare(self.ground)
         self.before = len(self.ground.leaves())
-        self.usual = problems(self.ground.call("doctor", "--json").json)
         self.ground.close()
 
     def copy(self, source: Path, name: str) -> World:
@@ -270,9 +273,6 @@ class Walk:
         target = self.folder / name / source.name
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("*-shm"))
         return World(Place(target), self.module)
-
-    def here(self) -> None:
-        os.environ["HOME"] = str(self.ground.place.folder)
 
     def run(self, world: World, step: Step | None) -> Ended:
         os.environ["HOME"] = str(world.place.folder)
@@ -396,6 +396,7 @@ def walk(ground: Place, module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def asked(key: str = "test_api_key", *approved_by: tuple[str, str]) -> Callable[[World], Row]:
     """Prepares a request that is left to be collected, signed by some."""
+
     def prepare(world: World) -> Row:
         consent_id = world.ask(key, mode="collect", ms=3_600_000).consent_id
         for name, group in approved_by:
@@ -457,6 +458,7 @@ def test_a_reshared_value(walk: Walker) -> None:
 
 def test_a_removed_value(walk: Walker) -> None:
     """`secret remove`: gone with what was asked for it, or neither; a new value can be stored."""
+
     def stored_again(world: World, facts: Row, done: bool) -> None:
         assert world.call("secret", "remove", "test_api_key").status == (3 if done else 0)
         world.ok(*filled(f"secret set test_api_key {SEALED}", world, facts), stdin=NEW_VALUE)
@@ -473,6 +475,7 @@ USE = "--action test_action --for testing"
 
 def test_a_request(walk: Walker) -> None:
     """`consent request`: it can be answered, or there is none."""
+
     def answered(world: World, facts: Row, done: bool) -> None:
         if not done:
             world.ok(*filled(f"consent request test_api_key {USE}", world, facts))
@@ -486,6 +489,7 @@ def test_a_request(walk: Walker) -> None:
 
 def test_an_approval(walk: Walker) -> None:
     """`consent approve` at medium risk: shown at most, or signed and approved; then the value can be had once."""
+
     def used(world: World, facts: Row, done: bool) -> None:
         again = world.call(*filled("consent approve {id} --approver anna --passphrase-file {anna} --json", world, facts))
         assert again.status == (4 if done else 0), again.err
@@ -517,6 +521,7 @@ def test_each_of_two_approvals(walk: Walker, second: bool) -> None:
 
 def test_an_import(walk: Walker) -> None:
     """`consent import` of an approval from elsewhere: the text can be brought again, until it was taken."""
+
     def elsewhere(world: World) -> Row:
         facts = asked()(world)
         case = world.ok("consent", "export", facts["id"], "--approver", "anna").raw_out
@@ -536,6 +541,7 @@ def test_an_import(walk: Walker) -> None:
     ids=["deny", "withdraw", "revoke"])  # fmt: skip
 def test_a_no(walk: Walker, words: str, status: str, approved: bool) -> None:
     """It is final once it is there, and before that it can be said again; nothing opens afterwards."""
+
     def refused(world: World, facts: Row, done: bool) -> None:
         assert world.call(*filled(words, world, facts)).status == (4 if done else 0)
         assert world.status(facts["id"]) == status
@@ -552,6 +558,7 @@ def test_a_no(walk: Walker, words: str, status: str, approved: bool) -> None:
 @pytest.mark.parametrize("bystander", [False, True])
 def test_a_use_is_spent_or_not(walk: Walker, bystander: bool) -> None:
     """`secret get --consent`: what was printed is spent; what is not spent can be had; never twice."""
+
     def once(world: World, facts: Row, done: bool) -> None:
         got = world.call(*filled(words, world, facts))
         assert (got.status, got.raw_out) == ((4, b"") if done else (0, VALUES["test_api_key"]))
@@ -564,6 +571,34 @@ def test_a_use_is_spent_or_not(walk: Walker, bystander: bool) -> None:
     steps = walk(Act(words, [[], ["secret.used"]], lambda world, facts: world.row(facts["id"])["used_count"] == 1, asked("test_api_key", ("anna", "user")),
                      prints=VALUES["test_api_key"], after=once, bystander=bystander))  # fmt: skip
     assert "write" in [name for name, _ in steps[-2:]]
+
+
+def sealed_bytes(world: World, consent_id: str) -> list[str]:
+    """What a value's removal drops, and what a use drops: the sealed value, its parts, and the parts in grants."""
+    queries = ("SELECT hex(sealed) FROM secret_entries WHERE secret_key = 'test_api_key'",
+               "SELECT hex(wrap) FROM secret_shares WHERE secret_key = 'test_api_key'",
+               f"SELECT hex(wrap) FROM consent_grants WHERE consent_id = '{consent_id}'")  # fmt: skip
+    return [row[0][:400] for query in queries for row in world.fetch(query) if row[0]]
+
+
+@pytest.mark.xfail(strict=True, reason="after a kill between the commit and the shredding nobody cuts the write-ahead log any more")
+@pytest.mark.parametrize("words", [f"secret get test_api_key {USE} --consent {{id}}", "secret remove test_api_key --json"], ids=["get", "remove"])
+def test_what_was_dropped_leaves_the_files(walk: Walker, words: str) -> None:
+    """What a use or a removal drops is in no file any more once other commands have run, also when it was killed before it had tidied up."""
+
+    def prepare(world: World) -> Row:
+        facts = asked("test_api_key", ("anna", "user"))(world)
+        return {**facts, "dropped": sealed_bytes(world, facts["id"])}
+
+    def gone(world: World, facts: Row, done: bool) -> None:
+        left = sealed_bytes(world, facts["id"])
+        world.close()
+        files = [path.read_bytes() for path in world.place.folder.glob("grace.db*")]
+        for text in set(facts["dropped"]) - set(left):
+            assert not any(bytes.fromhex(text)[:100] in data for data in files), "what was dropped is still in a file"
+
+    logs = ["secret.used"] if "get" in words else ["consent.revoked", "secret.removed"]
+    walk(Act(words, [[], logs], lambda world, facts: world.status(facts["id"]) in ("used", "revoked"), prepare, after=gone, only=COMMIT, opens=None))
 
 
 def test_a_low_use(walk: Walker) -> None:
@@ -591,6 +626,7 @@ def yes_to_what_comes(world: World, traced: Traced) -> None:
 @pytest.mark.parametrize("words", [f"secret get test_api_key {USE}", "exec --secret V=test_api_key -- printenv V"], ids=["get", "exec"])
 def test_a_process_that_waits_for_its_consent(walk: Walker, words: str) -> None:
     """Killed before it was answered, it leaves nothing to answer; later, an approval that nobody else can use, or a spent one."""
+
     def nothing_left(world: World, facts: Row, done: bool) -> None:
         assert world.json("consent", "pending") == []
         rows = world.json("consent", "history")
@@ -621,12 +657,14 @@ def test_an_added_approver(walk: Walker) -> None:
         world.ok(*filled(f"consent approve {consent_id} --approver carl --passphrase-file {{carl}} --json", world, facts))
         assert world.collect(consent_id) == VALUES["test_api_key"]
 
-    walk(Act(words, [[], ["approver.added"]], lambda world, facts: "carl" in [person["name"] for person in world.json("approver", "list")], after=approves))
+    walk(Act(words, [[], ["approver.added"]], lambda world, facts: "carl" in [person["name"] for person in world.json("approver", "list")],
+             after=approves, only=FILES))  # fmt: skip
 
 
 @pytest.mark.xfail(strict=True, reason="an approver who was not added leaves a key file, and then those who are not named are asked for")
 def test_a_key_left_behind_is_nobodys(walk: Walker) -> None:
     """Where one approver's key is, and another's adding was killed, an exported request is still answered without naming him."""
+
     def alone(world: World) -> Row:
         for path in world.place.folder.glob(".config/grace/*/ben.*"):
             path.unlink()
@@ -659,6 +697,7 @@ def unlocks(world: World, name: str, word: str) -> bool:
 
 def test_a_changed_passphrase(walk: Walker) -> None:
     """`approver passwd`: one of the two opens the key, and from that one it can be changed."""
+
     def one_holds(world: World, facts: Row, done: bool) -> None:
         old = unlocks(world, "anna", "anna")
         assert not (old and done) and (old or unlocks(world, "anna", "new"))
@@ -671,6 +710,7 @@ def test_a_changed_passphrase(walk: Walker) -> None:
 @pytest.mark.xfail(strict=True, reason="a passphrase is changed before that is written into the log, so that a kill in between leaves no trace of it")
 def test_a_changed_passphrase_is_in_the_log(walk: Walker) -> None:
     """`approver passwd`: no passphrase is another one without a leaf that says so."""
+
     def told(world: World, facts: Row, done: bool) -> None:
         assert unlocks(world, "anna", "anna") or "approver.passwd" in world.kinds()
 
@@ -724,6 +764,50 @@ def test_a_new_machine_key(walk: Walker) -> None:
              lambda world: {"kind": world.kinds()[-1]}, whole=False, opens=("low", VALUES["low"])))  # fmt: skip
 
 
+@pytest.mark.xfail(strict=True, reason="between the new machine key and the record beside it every command refuses, and no hint says what mends it")
+def test_half_a_new_machine_key_is_explained(walk: Walker) -> None:
+    """`init --machine`: other commands work after a kill, or say that it is to be called again."""
+
+    def explained(world: World, facts: Row, done: bool) -> None:
+        for words in (("secret", "list", "--json"), ("audit", "verify", "--json")):
+            looked = world.call(*words)
+            assert looked.status == 0 or "grace init --machine" in looked.err, looked.err
+        world.ok(*filled("init --machine --name anna --passphrase-file {anna}", world, facts))
+
+    walk(Act("init --machine --name anna --passphrase-file {anna} --json", [], lambda world, facts: world.kinds()[-1] != facts["kind"],
+             lambda world: {"kind": world.kinds()[-1]}, after=explained, whole=False, only=("rename",)))  # fmt: skip
+
+
+@pytest.mark.xfail(strict=True, reason="who was removed and what he can still open is written down in two steps, and the second is not made up for")
+def test_a_removed_approver(walk: Walker) -> None:
+    """`approver remove`: he is off the list and doctor says which secrets need a new value, or he can be removed again."""
+    words = "approver remove ben --approver anna --passphrase-file {anna} --json"
+
+    def to_be_rotated(world: World, facts: Row, done: bool) -> None:
+        assert world.call(*filled(words, world, facts)).status == (3 if done else 0)
+        codes = [finding["code"] for finding in world.call("doctor", "--json").json["findings"]]
+        assert codes.count("rotate") == 3, f"ben could open three secrets, and doctor says {codes}"
+
+    walk(Act(words, [[], ["approver.removed"]], lambda world, facts: all(person["removed_at"] for person in world.json("approver", "list")
+                                                                       if person["name"] == "ben"), after=to_be_rotated, only=FILES))  # fmt: skip
+
+
+def test_an_older_copy_accepted(walk: Walker) -> None:
+    """`audit anchor --accept` after a restored copy: killed at any step it can be called again, and then all is in order."""
+
+    def restored(world: World) -> Row:
+        copy_rows(world.db, world.place.folder / "copy.out")
+        world.ok(*filled(f"secret rotate test_api_key {SEALED}", world, {}), stdin=NEW_VALUE)
+        world.close()
+        for path in world.place.folder.glob("grace.db*"):
+            path.unlink()
+        copy_rows(world.place.folder / "copy.out", world.db)
+        return {}
+
+    walk(Act("audit anchor --accept --approver anna --passphrase-file {anna} --json", [], lambda world, facts: world.kinds()[-1] == "audit.accepted",
+             restored, whole=False))  # fmt: skip
+
+
 # ---- the beginning
 
 
@@ -735,6 +819,7 @@ class Beginning(Walk):
         (folder / "ground" / "new").mkdir(parents=True, mode=0o700)
         self.ground = World(Place(folder / "ground" / "new"), module)
         act.prepare(self.ground)
+        self.usual = problems(self.ground.call("doctor", "--json").json)
         self.ground.close()
 
     def looked_at(self, world: World, ended: Ended) -> bool:
@@ -742,7 +827,7 @@ class Beginning(Walk):
         done = bool(world.fetch("SELECT 1 FROM settings WHERE name = '_vault_id'")) if world.call("status").status == 0 else None
         world.close()
         for words in LOOKS:
-            assert world.call(*words).status == (0 if done or words == ("doctor", "--json") else 7), words
+            assert world.call(*words).status == (self.usual != [] if words == ("doctor", "--json") else 0 if done else 7), words
         assert done is not None and world.kinds() == (["vault.created"] if done else [])
         assert done or b"vault_id" not in ended.out
         settled(world) if done else clean(world)
@@ -753,7 +838,8 @@ class Beginning(Walk):
         done = self.looked_at(world, ended)
         for status in (4 if done else 0, 4):
             assert world.call(*filled(INIT, world, {})).status == status
-        world.m.unlock(world.vault(), "anna", word_file(world.place.folder, "anna"))  # so that its passphrase is stretched
+        assert problems(world.call("doctor", "--json").json) == self.usual
+        assert unlocks(world, "anna", "anna")
         world.close()
         world.ok(*filled(f"secret set test_api_key {SEALED}", world, {}), stdin=NEW_VALUE)
         consent_id = world.ask(mode="collect").consent_id
@@ -769,7 +855,7 @@ CHEAP = ("config", "set", "vault.argon2_memory", "67108864")
 def test_a_new_vault(ground: Place, module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`init`: the vault is there, or it can be made; keys that nothing refers to do no harm."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    Beginning(module, tmp_path, Act(INIT, [], lambda world, facts: True, lambda world: world.ok(*CHEAP) and {})).all()
+    Beginning(module, tmp_path, Act(INIT, [], lambda world, facts: True, lambda world: world.ok(*CHEAP) and {}, only=FILES)).all()
 
 
 def test_the_log_signed(walk: Walker) -> None:
