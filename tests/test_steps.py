@@ -83,7 +83,8 @@ class Traced:
         self.said = self.tracer.stderr.readline()
         if "attached" not in self.said:
             os.kill(self.pid, signal.SIGKILL)
-        os.write(opener, b"!")
+        with contextlib.suppress(BrokenPipeError):
+            os.write(opener, b"!")
         os.close(opener)
 
     def over(self, limit: float = 0) -> bool:
@@ -162,7 +163,7 @@ def at_once(jobs: list[Callable[[], None]]) -> None:
     for pid in children:
         os.waitpid(pid, 0)
     texts = [(report.seek(0), report.read())[1] for report in reports]
-    failures = "\n".join(text.removesuffix("all done") for text in texts if text != "all done")
+    failures = "\n".join(text.removesuffix("all done") or "a process ended before its time" for text in texts if text != "all done")
     if failures:
         pytest.fail(failures, pytrace=False)
 
@@ -185,7 +186,7 @@ class Act:
     after: Callable[[World, Row, bool], None] | None = None  # in place of calling it again; told whether it was done
     opens: tuple[str, bytes] | None = ("test_api_key", VALUES["test_api_key"])  # what is released in the end, with fresh consent
     least: int = 10  # steps, at the least
-    only: tuple[str, ...] = ()  # the calls to die at, where not at all
+    only: tuple[str, ...] = ()  # the calls to die at; none: at all of them
     whole: bool = True  # other commands work at any time, not only when it has been called again
     bystander: bool = False  # somebody else has the database open all the time
 
@@ -201,7 +202,7 @@ def problems(doctor: Any) -> list[str]:
 
 
 def sound(world: World, usual: list[str]) -> None:
-    """Every plain command works, finds nothing wrong, and nothing secret or half-written lies about."""
+    """Every plain command works, finds nothing wrong, and nothing secret lies about."""
     said: Row = {}
     for words in LOOKS:
         done = world.call(*words)
@@ -222,7 +223,7 @@ def settled(world: World) -> None:
 
 
 def clean(world: World) -> None:
-    """No value and no passphrase in any file; what was not finished is private."""
+    """No value and no passphrase in any file, and none of them open to others."""
     for path in world.place.folder.rglob("*"):
         if path.is_file() and path.suffix != ".word":
             data = path.read_bytes()
