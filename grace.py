@@ -1420,14 +1420,15 @@ def audit_head(reader: Reader) -> tuple[int, str]:
     return (row["seq"], row["hash"]) if row else NO_HEAD
 
 
+def to_shred(tx: Tx) -> None:
+    """Something secret is dropped in this transaction: to be remembered until shred() has done its work."""
+    tx.run(SET_SETTING, name="_shred_due", value="1", now=tx.now)
+
+
 def shred(store: Store) -> None:
     """After something secret was dropped: no old page of it in the log. Best effort: while others read, it stays to be done."""
-    due = store.value(GET_SETTING, name="_shred_due") is not None
-    done = store.truncate_log()
-    if done and due:
+    if store.truncate_log() and store.value(GET_SETTING, name="_shred_due") is not None:
         store.write(lambda tx: unset_setting(tx, "_shred_due"), durable=False, knock=False)
-    elif not done and not due:
-        store.write(lambda tx: tx.run(SET_SETTING, name="_shred_due", value="1", now=tx.now), durable=False, knock=False)
 
 
 def shred_if_due(store: Store) -> None:
@@ -1683,11 +1684,18 @@ def vault_folder(vault_id: str) -> str:
     return os.path.join(base, "grace", vault_id)
 
 
+STALE = 600  # seconds after which a file half written counts as left behind
+
+
 def write_private(path: str, document: Row) -> None:
     """Write a file that only its owner reads, whole or not at all."""
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, mode=0o700, exist_ok=True)
     beside = f"{path}.{os.urandom(8).hex()}.new"
+    for left in os.listdir(folder):  # by a process that was killed here
+        with contextlib.suppress(OSError):
+            if re.search(r"\.[0-9a-f]{16}\.new$", left) and os.stat(os.path.join(folder, left)).st_mtime < time.time() - STALE:
+                os.unlink(os.path.join(folder, left))
     fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
         with os.fdopen(fd, "wb") as file:
@@ -1987,7 +1995,10 @@ class Vault:
             raise DeniedError("the machine's key file belongs to another vault")
         self.machine = Keys(from_b64(document.get("private"), "the machine's key"))
         self.root = str(document.get("root"))
-        self.seen = Seen.of(os.path.join(self.folder, "machine.seen"), self.id, "machine", derived(self.machine.private, "seen"))
+        try:
+            self.seen = Seen.of(os.path.join(self.folder, "machine.seen"), self.id, "machine", derived(self.machine.private, "seen"))
+        except RefusedError:
+            raise DeniedError("the machine's record of what it has seen is not of its key", "let an approver make both anew: grace init --machine") from None
         self.rosters = rosters_until(store.all(ROSTERS), self.id, self.root, (0, ""))
         self.roster = self.rosters[-1]
         number, known = self.seen.roster
@@ -2291,7 +2302,8 @@ def put_version(tx: Tx, made: Row, kind: str) -> tuple[int, str]:
     if header["version"] != (newest["version"] if newest else 0) + 1:
         raise ConflictError(f"{header['key']} was changed meanwhile", "try again")
     tx.run(DROP_SHARES, key=header["key"])
-    tx.run(EMPTY_VERSIONS, key=header["key"], now=tx.now)
+    if tx.run(EMPTY_VERSIONS, key=header["key"], now=tx.now):
+        to_shred(tx)
     tx.run(PUT_SECRET, key=header["key"], version=header["version"], header=canonical(header).decode(), sealed=made["sealed"],
            sealed_hash=sha256(made["sealed"]), signature=made["signature"], delegation=made["delegation"],
            rotate_at=tx.now + header["rotate_every"] if header["rotate_every"] else None, now=tx.now)  # fmt: skip
@@ -2934,7 +2946,8 @@ def spend(tx: Tx, consent_id: str, request: Row, standing_id: str | None = None)
         raise ConflictError(f"{consent_id} has been used already", "ask again")
     if standing_id is not None and tx.run(USE_STANDING, id=standing_id, now=tx.now) != 1:
         raise ConflictError(f"the uses of {standing_id} are spent", "ask again")
-    tx.run(DROP_WRAPS, id=consent_id)
+    if tx.run(DROP_WRAPS, id=consent_id):
+        to_shred(tx)
     if standing_id is not None and get_consent(tx, standing_id)["consent_status"] == "used":
         drop_standing(tx, standing_id)
     emit(tx, "secrets.consent.used", consent_id, {"consent_id": consent_id, "secret_key": request["key"], "version": request["version"],
@@ -2946,8 +2959,8 @@ def spend(tx: Tx, consent_id: str, request: Row, standing_id: str | None = None)
 
 def drop_standing(tx: Tx, consent_id: str) -> None:
     """What the machine's key could open for a standing consent goes."""
-    tx.run(DROP_WRAPS, id=consent_id)
-    tx.run(DROP_STANDING_PARTS, id=consent_id)
+    if tx.run(DROP_WRAPS, id=consent_id) + tx.run(DROP_STANDING_PARTS, id=consent_id):
+        to_shred(tx)
 
 
 # ---- answering
@@ -3246,6 +3259,7 @@ def remove_secret(tx: Tx, key: str) -> Row:
     tx.run(DROP_SHARES, key=key)
     tx.run(END_DELEGATIONS, key=key)
     tx.run(EMPTY_VERSIONS, key=key, now=tx.now)
+    to_shred(tx)
     emit(tx, "secrets.secret.removed", key, {"secret_key": key, "version": newest["version"]})
     record(tx, "secret.removed", key, {"version": newest["version"], "uid": os.geteuid(), "signed": False})
     return tx.one(NEWEST_VERSION, key=key) or {}
@@ -7862,13 +7876,20 @@ def init_command(app: App, name: str | None, machine: bool, passphrase_file: str
     app.show(done, plain)
 
 
+def keys_here(folder: str, roster: Row) -> list[str]:
+    """The approvers of a list, verified later, whose key files lie in a folder."""
+    people = roster.get("approvers")
+    names = {str(person.get("name")) for person in people if isinstance(person, dict) and person.get("removed") is None} if isinstance(people, list) else set()
+    return sorted(name for name in names if NAME.fullmatch(name) and os.path.exists(os.path.join(folder, f"{name}.key")))
+
+
 def renew_machine(store: Store, name: str | None, source: str | None) -> Row:
     """A new key for this machine, on a list signed by an approver of both roles; what the old one had sealed is sealed anew."""
     vault_id = store.value(GET_VAULT) or ""
     if not re.fullmatch(VAULT_ID, vault_id):
         raise LockedError("there is no vault yet", "make one: grace init")
     folder = vault_folder(vault_id)
-    here = sorted(file.removesuffix(".key") for file in os.listdir(folder) if file.endswith(".key") and file != "machine.key") if os.path.isdir(folder) else []
+    here = keys_here(folder, newest_roster(store))
     if name is None and len(here) != 1:
         raise UsageError("which approver?" if here else f"no approver's key is in {folder}",
                          "name one with --name" if here else "install it: grace approver import FILE")  # fmt: skip
@@ -7955,14 +7976,15 @@ def approver_add(app: App, name: str, role: tuple[str, ...], new_passphrase_file
     )
 
 
-def change_roster(vault: Vault, signer: Approver, roster: Row, kind: str, name: str) -> None:
-    """Put the next list of approvers, signed, and let this machine and the signer know it."""
+def change_roster(vault: Vault, signer: Approver, roster: Row, kind: str, name: str, to_rotate: dict[str, str] | None = None) -> None:
+    """Put the next list of approvers, signed, and let this machine and the signer know it. `to_rotate`: secrets, each with a reason."""
 
     def put(tx: Tx) -> None:
         if tx.value("SELECT MAX(number) AS n FROM vault_rosters") != roster["number"] - 1:
             raise ConflictError("the approvers were changed meanwhile", "try again")
         put_roster(tx, roster, signer.keys)
         record(tx, kind, name, {"by": signer.name, "roster": hash_of("roster", roster), "number": roster["number"]})
+        tx.many(MARK_ROTATION, [{"key": key, "reason": reason} for key, reason in (to_rotate or {}).items()])
         anchor(tx, signer)
 
     vault.store.write(put)
@@ -8000,8 +8022,7 @@ def approver_remove(app: App, name: str, approver: str | None, passphrase_file: 
         raise ConflictError("nobody removes himself", "let another approver sign: --approver NAME")
     people = [{**other, "removed": clock(), "keeps": sorted(keeps)} if other is person else other for other in vault.roster["approvers"]]
     roster = new_roster(vault.roster, people, vault.roster["machine"], vault.id, signer.keys.fingerprint, clock())
-    change_roster(vault, signer, roster, "approver.removed", name)
-    store.write(lambda tx: tx.many(MARK_ROTATION, [{"key": key, "reason": f"{name} was removed and could open it"} for key in opens]))
+    change_roster(vault, signer, roster, "approver.removed", name, dict.fromkeys(opens, f"{name} was removed and could open it"))
     document = {"name": name, "removed": True, "can_still_open": opens}
 
     def plain() -> None:
@@ -8030,8 +8051,9 @@ def approver_passwd(app: App, name: str | None, new_passphrase_file: str | None,
         keys, seen_key = unlocked_keys(document, typed)
     facts = {"vault_id": vault.id, "name": name, "root": document["root"]}
     new = passphrase(new_passphrase_file, f"{name} from now on", True, "--new-passphrase-file")
-    write_private(path, locked_keys(keys, seen_key, new, facts, setting(store, "vault.argon2_memory")))
-    store.write(lambda tx: record(tx, "approver.passwd", name, {}))
+    locked = locked_keys(keys, seen_key, new, facts, setting(store, "vault.argon2_memory"))
+    store.write(lambda tx: record(tx, "approver.passwd", name, {}))  # before: a leaf without a change is an attempt, a change without a leaf would be none
+    write_private(path, locked)
     app.show({"name": name, "changed": True}, lambda: write_out(f"the passphrase of {name} was changed"))
 
 
@@ -8076,7 +8098,7 @@ def approver_import(app: App, file: str) -> None:
     os.makedirs(folder, mode=0o700, exist_ok=True)
     if os.path.exists(os.path.join(folder, f"{name}.key")):
         raise ConflictError(f"the key of {name} is here already: {folder}")
-    for part, ending in zip(parts, ("key", "seen"), strict=True):
+    for part, ending in zip(reversed(parts), ("seen", "key"), strict=True):  # the key comes last: it is what counts as being here
         write_private(os.path.join(folder, f"{name}.{ending}"), part)
     document = {"name": name, "vault_id": vault_id, "key_file": os.path.join(folder, f"{name}.key")}
     app.show(document, lambda: write_out(f"the key of {name} is in {folder}"))
@@ -8901,7 +8923,7 @@ def approve_elsewhere(app: App, source: str, out: str | None, group: str | None,
     if not re.fullmatch(VAULT_ID, vault_id):
         raise RefusedError("this is no exported request", EXPORT_ANEW)
     folder = vault_folder(vault_id)
-    here = sorted(file.removesuffix(".key") for file in os.listdir(folder) if file.endswith(".key") and file != "machine.key") if os.path.isdir(folder) else []
+    here = keys_here(folder, stored_object(case["rosters"][-1]["document"]) if case["rosters"] else {})
     if name is None and len(here) != 1:
         raise UsageError(
             "which approver?" if here else "no key of this vault is on this machine",

@@ -582,7 +582,6 @@ def sealed_bytes(world: World, consent_id: str) -> list[str]:
     return [row[0][:400] for query in queries for row in world.fetch(query) if row[0]]
 
 
-@pytest.mark.xfail(strict=True, reason="after a kill between the commit and the shredding nobody cuts the write-ahead log any more")
 @pytest.mark.parametrize("words", [f"secret get test_api_key {USE} --consent {{id}}", "secret remove test_api_key --json"], ids=["get", "remove"])
 def test_what_was_dropped_leaves_the_files(walk: Walker, words: str) -> None:
     """What a use or a removal drops is in no file any more once other commands have run, also when it was killed before it had tidied up."""
@@ -662,7 +661,6 @@ def test_an_added_approver(walk: Walker) -> None:
              after=approves, only=FILES))  # fmt: skip
 
 
-@pytest.mark.xfail(strict=True, reason="an approver who was not added leaves a key file, and then those who are not named are asked for")
 def test_a_key_left_behind_is_nobodys(walk: Walker) -> None:
     """Where one approver's key is, and another's adding was killed, an exported request is still answered without naming him."""
 
@@ -701,14 +699,13 @@ def test_a_changed_passphrase(walk: Walker) -> None:
 
     def one_holds(world: World, facts: Row, done: bool) -> None:
         old = unlocks(world, "anna", "anna")
-        assert not (old and done) and (old or unlocks(world, "anna", "new"))
+        assert old or (done and unlocks(world, "anna", "new"))
         assert world.call(*filled(PASSWD, world, facts)).status == (0 if old else 5)
         assert unlocks(world, "anna", "new")
 
     walk(Act(PASSWD, [[], ["approver.passwd"]], lambda world, facts: "approver.passwd" in world.kinds(), after=one_holds))
 
 
-@pytest.mark.xfail(strict=True, reason="a passphrase is changed before that is written into the log, so that a kill in between leaves no trace of it")
 def test_a_changed_passphrase_is_in_the_log(walk: Walker) -> None:
     """`approver passwd`: no passphrase is another one without a leaf that says so."""
 
@@ -734,7 +731,6 @@ def comes_back(world: World, facts: Row, done: bool) -> None:
     assert world.collect(consent_id) == VALUES["test_api_key"]
 
 
-@pytest.mark.xfail(strict=True, reason="an import killed after the key and before the record beside it can be neither used nor repeated")
 def test_an_imported_approver(walk: Walker) -> None:
     """`approver import`: he can approve, or be brought in again."""
     walk(Act("approver import ben.out --json", [], lambda world, facts: world.call(*filled(
@@ -765,7 +761,6 @@ def test_a_new_machine_key(walk: Walker) -> None:
              lambda world: {"kind": world.kinds()[-1]}, whole=False, opens=("low", VALUES["low"])))  # fmt: skip
 
 
-@pytest.mark.xfail(strict=True, reason="between the new machine key and the record beside it every command refuses, and no hint says what mends it")
 def test_half_a_new_machine_key_is_explained(walk: Walker) -> None:
     """`init --machine`: other commands work after a kill, or say that it is to be called again."""
 
@@ -779,7 +774,6 @@ def test_half_a_new_machine_key_is_explained(walk: Walker) -> None:
              lambda world: {"kind": world.kinds()[-1]}, after=explained, whole=False, only=("rename",)))  # fmt: skip
 
 
-@pytest.mark.xfail(strict=True, reason="who was removed and what he can still open is written down in two steps, and the second is not made up for")
 def test_a_removed_approver(walk: Walker) -> None:
     """`approver remove`: he is off the list and doctor says which secrets need a new value, or he can be removed again."""
     words = "approver remove ben --approver anna --passphrase-file {anna} --json"
