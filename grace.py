@@ -2852,15 +2852,18 @@ def put_request(tx: Tx, request: Row, header: Row, kept_key: bytes | None, stand
     emit(tx, "secrets.consent.request", request["consent_id"], request_event(request, header))
 
 
+def fits(request: Row, name: str, text: str) -> bool:
+    """Whether an action or a requester is the one that a request names, or begins as its terms allow."""
+    known = str(request["claimed"][name])
+    return text.startswith(known) if request.get("standing", {}).get(name) == "prefix" else text == known
+
+
 def covers(standing: Row, request: Row) -> bool:
     """Whether a standing request, once approved, speaks for this one: the same secret, user and user id, an action and a requester that fit."""
-    terms, granted, asked = standing["standing"], standing["claimed"], request["claimed"]
-
-    def fits(name: str) -> bool:
-        return bool(asked[name].startswith(granted[name]) if terms[name] == "prefix" else asked[name] == granted[name])
-
+    asked = request["claimed"]
     same = (standing["key"], standing["user"], standing["reported"].get("uid")) == (request["key"], request["user"], request["reported"].get("uid"))
-    return same and fits("action") and fits("by") and RISK_LEVELS.index(request["risk"]) <= RISK_LEVELS.index(standing["risk"])
+    alike = fits(standing, "action", asked["action"]) and fits(standing, "by", asked["by"])
+    return same and alike and RISK_LEVELS.index(request["risk"]) <= RISK_LEVELS.index(standing["risk"])
 
 
 def standing_for(tx: Tx, request: Row) -> Row | None:
@@ -3227,7 +3230,7 @@ def revoke_all(tx: Tx, key: str, action: str | None, reason: str) -> list[Row]:
     """Revoke what is open for a secret, or for one action with it."""
     if tx.one(NEWEST_VERSION, key=key) is None:
         raise NotFoundError(f"there is no secret {key!r}", "see them with: grace secret list")
-    wanted = [row for row in tx.all(OPEN_CONSENTS_OF, key=key) if action is None or listed_request(row)["claimed"]["action"] == action]
+    wanted = [row for row in tx.all(OPEN_CONSENTS_OF, key=key) if action is None or fits(listed_request(row), "action", action)]
     return [revoke(tx, row["consent_id"], reason) for row in wanted]
 
 
@@ -3627,7 +3630,7 @@ GUARANTEES = (
     ("nothing", "against a program running as you that lies in wait for your passphrase, against root, or against a guessable passphrase"),
     ("nothing", "against whoever has been given a value: only a new one helps"),
     ("nothing", "an approval against going to whoever wrote the request, unless the code is compared"),
-    ("nothing", "for secrets of low risk, and for approvals left to be collected: the machine's key on this disk opens them"),
+    ("nothing", "for secrets of low risk, approvals left to be collected, and standing consents: the machine's key on this disk opens them"),
 )
 SYNCED = r"(?i)/(dropbox|onedrive|google ?drive|gdrive|nextcloud|owncloud|icloud[^/]*|mobile documents|syncthing|pcloud)(/|$)"
 Finding = tuple[str, str, str, str]  # level (problem, risk, note), code, message, hint
@@ -3716,11 +3719,12 @@ def vault_findings(store: Store, vault: Vault) -> Iterator[Finding]:
             yield "risk", "rotate", f"{key} should get a new value: {entry['rotate_reason']}", f"grace secret rotate {key}"
 
 
-def secret_outlook(document: Row, keys_here: bool) -> Row:
+def secret_outlook(store: Store, document: Row, keys_here: bool) -> Row:
     """What stands between one secret and a program of the same user, on this machine."""
-    low = document["risk_level"] == "low"
-    return {"secret_key": document["secret_key"], "risk_level": document["risk_level"], "policy": document["policy"],
-            "opened_by": "the machine's key, which lies on this disk" if low else f"approvers' passphrases ({document['policy']})",
+    low, standing = document["risk_level"] == "low", len(store.all(STANDING_OF, key=document["secret_key"]))
+    by_people = f"approvers' passphrases ({document['policy']})" + (f", and the machine's key under {standing} standing" if standing else "")
+    return {"secret_key": document["secret_key"], "risk_level": document["risk_level"], "policy": document["policy"], "standing_consents": standing,
+            "opened_by": "the machine's key, which lies on this disk" if low else by_people,
             "best_step": "nothing; store it at medium risk if that is too little" if low else "keep the approver's key on another machine or under another user"
             if keys_here else "nothing more here"}  # fmt: skip
 
@@ -8853,7 +8857,8 @@ def consent_approve(app: App, id: str | None, group: str | None, once: bool, gra
     if grant_for:
         approve_from_now_on(app, vault, (review, seen, groups), {"grant_for": grant_for, "uses": uses, "follow": follow}, code, note, passphrase_file)
         return
-    same = twins(vault, (review, seen, groups), row, group) if review.risk == "medium" and code is None and seen["alive"] else []
+    alike = review.risk == "medium" and code is None and seen["alive"] and review.request["mode"] != "standing"
+    same = twins(vault, (review, seen, groups), row, group) if alike else []
     show_prompt(app, review, seen, False, [twin.code for twin, _, _ in same])
     confirmed(review, code, passphrase_file)
     done = sign_and_record(vault, review, groups, seen, note, passphrase_file)
@@ -9431,7 +9436,7 @@ def doctor_command(app: App) -> int:
             _, vault = open_vault(app)
             findings += [*place_findings(store, vault), *vault_findings(store, vault)]
             keys_here = any(finding[1] == "keys_with_database" for finding in findings)
-            secrets = [secret_outlook(secret_document(vault, entry), keys_here) for entry in store.all(CURRENT_SECRETS)]
+            secrets = [secret_outlook(store, secret_document(vault, entry), keys_here) for entry in store.all(CURRENT_SECRETS)]
         except (DeniedError, LockedError) as error:
             findings.append(("problem", "vault", error.message, error.hint))
     findings = list(dict.fromkeys(findings))
