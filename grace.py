@@ -3774,7 +3774,9 @@ INSERT_ATTEMPT = """INSERT INTO htm_task_attempts (attempt_id, task_id, attempt_
   VALUES (:attempt_id, :task_id, :attempt_number, :worker, :token, :lease_ms, :lease_expires_at, :now)"""
 START = """UPDATE htm_tasks SET status = 'running', started_at = :now, updated_at = :now, updated_by = :actor,
     queue_time_ms = COALESCE(queue_time_ms, CASE WHEN :now > queued_at THEN :now - queued_at ELSE 0 END)
-  WHERE task_id = :task_id AND status = 'assigned' AND attempt_id = :attempt_id RETURNING *"""
+  WHERE task_id = :task_id AND status = 'assigned' AND attempt_id = :attempt_id
+  RETURNING status, started_at, queue_time_ms, updated_at, updated_by, -- and what others may have changed since the claim
+    intent_id, priority, priority_reason, next_at, aged_at, escalation_level, sla_met, set_aside"""
 START_ATTEMPT = """UPDATE htm_task_attempts SET started_at = :now, pid = :pid, pid_started = :pid_started, boot_id = :boot_id
   WHERE attempt_id = :attempt_id"""
 REQUEUE = """UPDATE htm_tasks SET status = 'queued', reason = :reason, attempt_number = :attempt_number, attempt_id = NULL,
@@ -3788,7 +3790,9 @@ FINISH = """UPDATE htm_tasks SET status = :status, reason = :reason, result = CO
     exit_status = COALESCE(:exit_status, exit_status), finished_at = :now, attempt_id = NULL, next_at = NULL, available_at = NULL,
     sla_met = :sla_met, sla_buffer_ms = sla_deadline - :now, execution_time_ms = :execution_ms,
     total_time_ms = CASE WHEN :now > queued_at THEN :now - queued_at ELSE 0 END, updated_at = :now, updated_by = :actor
-  WHERE task_id = :task_id AND status = :was AND COALESCE(attempt_id, '') = :attempt_id RETURNING *"""
+  WHERE task_id = :task_id AND status = :was AND COALESCE(attempt_id, '') = :attempt_id
+  RETURNING status, reason, result, error, exit_status, finished_at, attempt_id, next_at, available_at, sla_met, sla_buffer_ms,
+    execution_time_ms, total_time_ms, updated_at, updated_by"""
 RAISE_PRIORITY = """UPDATE htm_tasks SET priority = :priority, priority_reason = :why, aged_at = :aged_at, next_at = :next_at,
     updated_at = :now, updated_by = :actor
   WHERE task_id = :task_id AND finished_at IS NULL RETURNING *"""
@@ -3881,10 +3885,13 @@ def get_task(reader: Reader, task_id: str) -> Row:
 
 
 def changed_task(tx: Tx, old: Row, sql: str, **params: Any) -> Row:
-    """Run one guarded UPDATE … RETURNING on a task and keep the counts; ConflictError when the task has moved on."""
-    new = tx.one(sql, task_id=old["task_id"], now=tx.now, actor=tx.actor, **params)
-    if new is None:
+    """Run one guarded UPDATE … RETURNING on a task and keep the counts; its row, or ConflictError when the task has moved on.
+
+    Of a long row a statement need only return what it changes."""
+    changes = tx.one(sql, task_id=old["task_id"], now=tx.now, actor=tx.actor, **params)
+    if changes is None:
         raise ConflictError(f"the task {old['task_id']} has changed meanwhile")
+    new = {**old, **changes}
     if (old["status"], old["priority"], old["escalation_level"]) != (new["status"], new["priority"], new["escalation_level"]):
         tx.count(old, new)
     return new
@@ -4322,9 +4329,10 @@ def claim_external(tx: Tx, names: Iterable[str], worker: str, lease_ms: int) -> 
 def start(tx: Tx, task: Row, pid: int | None, pid_started: int | None, boot_id: str | None) -> Row:
     """The attempt's process runs; ConflictError when the task was taken away meanwhile."""
     tx.run(START_ATTEMPT, attempt_id=task["attempt_id"], now=tx.now, pid=pid, pid_started=pid_started, boot_id=boot_id)
-    row = tx.one(START, task_id=task["task_id"], attempt_id=task["attempt_id"], now=tx.now, actor=tx.actor)
-    if row is None:
+    changes = tx.one(START, task_id=task["task_id"], attempt_id=task["attempt_id"], now=tx.now, actor=tx.actor)
+    if changes is None:
         raise ConflictError(f"the task {task['task_id']} has changed meanwhile")
+    row = {**task, **changes}
     tx.count({**row, "status": "assigned"}, row)  # `task` is as of the claim; it may have climbed since
     follow(tx, row)
     return row
