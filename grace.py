@@ -3778,7 +3778,7 @@ START = """UPDATE htm_tasks SET status = 'running', started_at = :now, updated_a
   RETURNING status, started_at, queue_time_ms, updated_at, updated_by, -- and what others may have changed since the claim
     intent_id, priority, priority_reason, next_at, aged_at, escalation_level, sla_met, set_aside"""
 START_ATTEMPT = """UPDATE htm_task_attempts SET started_at = :now, pid = :pid, pid_started = :pid_started, boot_id = :boot_id
-  WHERE attempt_id = :attempt_id"""
+  WHERE task_id = :task_id AND attempt_id = :attempt_id"""
 REQUEUE = """UPDATE htm_tasks SET status = 'queued', reason = :reason, attempt_number = :attempt_number, attempt_id = NULL,
     available_at = :available_at, next_at = :next_at, recoveries = recoveries + :recovered, deaths = deaths + :died, error = :error,
     exit_status = COALESCE(:exit_status, exit_status), execution_time_ms = COALESCE(:execution_ms, execution_time_ms),
@@ -3811,10 +3811,11 @@ OPEN_ATTEMPT = "SELECT * FROM htm_task_attempts WHERE task_id = :id AND finished
 OPEN_ATTEMPTS = "SELECT * FROM htm_task_attempts WHERE worker_id = :worker AND finished_at IS NULL ORDER BY created_at"
 END_ATTEMPT = """UPDATE htm_task_attempts SET finished_at = :now, outcome = :outcome, ended_by = :ended_by, exit_status = :exit_status,
     error = :error, log_bytes = :log_bytes, log_dropped = :log_dropped
-  WHERE attempt_id = :attempt_id AND finished_at IS NULL"""
-STOP_ATTEMPT = "UPDATE htm_task_attempts SET stop_requested = :why WHERE attempt_id = :attempt_id AND finished_at IS NULL"
+  WHERE task_id = :task_id AND attempt_id = :attempt_id AND finished_at IS NULL"""
+STOP_ATTEMPT = """UPDATE htm_task_attempts SET stop_requested = :why
+  WHERE task_id = :task_id AND attempt_id = :attempt_id AND finished_at IS NULL"""
 RENEW_LEASE = """UPDATE htm_task_attempts SET lease_expires_at = :now + lease_ms
-  WHERE attempt_id = :attempt_id AND finished_at IS NULL AND lease_ms IS NOT NULL RETURNING lease_expires_at"""
+  WHERE task_id = :task_id AND attempt_id = :attempt_id AND finished_at IS NULL AND lease_ms IS NOT NULL RETURNING lease_expires_at"""
 EXPIRED_LEASES = """SELECT * FROM htm_task_attempts WHERE finished_at IS NULL AND lease_ms IS NOT NULL AND lease_expires_at <= :now
   ORDER BY lease_expires_at LIMIT :n"""
 EXTEND_LEASES = """UPDATE htm_task_attempts SET lease_expires_at = lease_expires_at + :by
@@ -3947,8 +3948,8 @@ def take(tx: Tx, task_id: str, worker: str, lease_ms: int | None = None) -> Row 
     return {**row, "token": attempt["token"], "lease_expires_at": attempt["lease_expires_at"]}
 
 
-def end_attempt_row(tx: Tx, attempt_id: str, ending: Row) -> None:
-    tx.run(END_ATTEMPT, attempt_id=attempt_id, now=tx.now, outcome=ending["outcome"], ended_by=ending.get("ended_by", "command"),
+def end_attempt_row(tx: Tx, task_id: str, attempt_id: str, ending: Row) -> None:
+    tx.run(END_ATTEMPT, task_id=task_id, attempt_id=attempt_id, now=tx.now, outcome=ending["outcome"], ended_by=ending.get("ended_by", "command"),
            exit_status=ending.get("exit_status"), error=ending.get("error"), log_bytes=ending.get("log_bytes", 0),
            log_dropped=ending.get("log_dropped", 0))  # fmt: skip
 
@@ -4328,7 +4329,7 @@ def claim_external(tx: Tx, names: Iterable[str], worker: str, lease_ms: int) -> 
 
 def start(tx: Tx, task: Row, pid: int | None, pid_started: int | None, boot_id: str | None) -> Row:
     """The attempt's process runs; ConflictError when the task was taken away meanwhile."""
-    tx.run(START_ATTEMPT, attempt_id=task["attempt_id"], now=tx.now, pid=pid, pid_started=pid_started, boot_id=boot_id)
+    tx.run(START_ATTEMPT, task_id=task["task_id"], attempt_id=task["attempt_id"], now=tx.now, pid=pid, pid_started=pid_started, boot_id=boot_id)
     changes = tx.one(START, task_id=task["task_id"], attempt_id=task["attempt_id"], now=tx.now, actor=tx.actor)
     if changes is None:
         raise ConflictError(f"the task {task['task_id']} has changed meanwhile")
@@ -4344,7 +4345,7 @@ def end_attempt(tx: Tx, task_id: str, attempt_id: str, ending: Row) -> Row | Non
     `ending`: outcome, ended_by, exit_status, error, result, retry (False: no further attempt), log_bytes, log_dropped.
     A task that the attempt no longer owns is left as it is; one that somebody has deleted is None."""
     task = tx.one(GET_TASK, id=task_id)
-    end_attempt_row(tx, attempt_id, ending)
+    end_attempt_row(tx, task_id, attempt_id, ending)
     if task is None or task["attempt_id"] != attempt_id:
         return task
     outcome = ending["outcome"]
@@ -4442,7 +4443,7 @@ def close_unseen_attempt(tx: Tx, task: Row, outcome: str) -> None:
     """An external worker's attempt ends with its task: there is no process of ours to wait for."""
     attempt = tx.one(OPEN_ATTEMPT, id=task["task_id"])
     if attempt and attempt["lease_ms"] is not None:
-        end_attempt_row(tx, attempt["attempt_id"], {"outcome": outcome})
+        end_attempt_row(tx, attempt["task_id"], attempt["attempt_id"], {"outcome": outcome})
 
 
 def retry(tx: Tx, task: Row, cause: str | None = None) -> Row:
@@ -4482,7 +4483,7 @@ def own_attempt(tx: Tx, task_id: str, worker: str | None, attempt_id: str | None
 def heartbeat(tx: Tx, task_id: str, worker: str, attempt_id: str | None) -> int | None:
     """Renew an external worker's lease; the instant at which it runs out now."""
     task = own_attempt(tx, task_id, worker, attempt_id)
-    row = tx.one(RENEW_LEASE, attempt_id=task["attempt_id"], now=tx.now)
+    row = tx.one(RENEW_LEASE, task_id=task_id, attempt_id=task["attempt_id"], now=tx.now)
     return row["lease_expires_at"] if row else None
 
 
@@ -4520,7 +4521,7 @@ def reach_running(tx: Tx, task: Row, worker: str) -> Row:
         task = changed_task(tx, task, WAKE, next_at=None)
         taken = take(tx, task["task_id"], worker)
         assert taken is not None  # queued and available in this very transaction
-        end_attempt_row(tx, taken["attempt_id"], {"outcome": "rescued"})
+        end_attempt_row(tx, taken["task_id"], taken["attempt_id"], {"outcome": "rescued"})
         task = taken
     else:
         close_unseen_attempt(tx, task, "rescued")
@@ -4532,7 +4533,7 @@ def recover(tx: Tx, attempt: Row, rebooted: bool = False) -> Row | None:
 
     The task's row afterwards; None when somebody has deleted the task."""
     task = tx.one(GET_TASK, id=attempt["task_id"])
-    end_attempt_row(tx, attempt["attempt_id"], {"outcome": "lost", "ended_by": "recovery", "error": "its worker died"})
+    end_attempt_row(tx, attempt["task_id"], attempt["attempt_id"], {"outcome": "lost", "ended_by": "recovery", "error": "its worker died"})
     if task is None or task["attempt_id"] != attempt["attempt_id"]:
         return task
     if task["task_type"] == "command":
@@ -5676,7 +5677,7 @@ def begin_rescue(tx: Tx, rescue: Row, worker: str) -> Row | None:
 def conclude_rescue(tx: Tx, rescue: Row, worker: str, state: str, facts: Row, served: bool) -> Row | None:
     """Decide on the stuck task as it is now, act, and end the rescue with a result that says so."""
     if (tx.one(GET_TASK, id=rescue["task_id"]) or {}).get("attempt_id") != rescue["attempt_id"]:  # the original has ended meanwhile
-        end_attempt_row(tx, rescue["attempt_id"], {"outcome": "cancelled"})
+        end_attempt_row(tx, rescue["task_id"], rescue["attempt_id"], {"outcome": "cancelled"})
         return None
     stuck = tx.one(GET_TASK, id=rescue["parent_task_id"])
     if stuck is None:
@@ -5694,7 +5695,7 @@ def conclude_rescue(tx: Tx, rescue: Row, worker: str, state: str, facts: Row, se
     elif plan == "recover":
         did = "its processes are being ended, then it goes back to the queue"
     elif plan == "retry":
-        tx.run(STOP_ATTEMPT, attempt_id=stuck["attempt_id"], why="rescued")
+        tx.run(STOP_ATTEMPT, task_id=stuck["task_id"], attempt_id=stuck["attempt_id"], why="rescued")
         did = "asked its worker to end this attempt and start another"
     result = {"stuck_task_id": stuck["task_id"], "found": found, "did": did, "action": plan, "stuck_status": stuck["status"], **facts}
     end_attempt(tx, rescue["task_id"], rescue["attempt_id"], {"outcome": "completed", "ended_by": "exit", "result": result})

@@ -154,8 +154,8 @@ CREATE TABLE htm_tasks (
 
 -- One run of a task by one worker. It commits before its process starts; the token is in that process's environment.
 CREATE TABLE htm_task_attempts (
-  attempt_id       TEXT NOT NULL PRIMARY KEY,
   task_id          TEXT NOT NULL REFERENCES htm_tasks (task_id) ON DELETE CASCADE,
+  attempt_id       TEXT NOT NULL,
   attempt_number   INTEGER NOT NULL,
   worker_id        TEXT NOT NULL,
   token            TEXT NOT NULL,                 -- random; tells this attempt's processes from all others
@@ -176,6 +176,7 @@ CREATE TABLE htm_task_attempts (
   error            TEXT,
   log_bytes        INTEGER NOT NULL DEFAULT 0,    -- bytes the process wrote
   log_dropped      INTEGER NOT NULL DEFAULT 0,    -- of them not kept
+  PRIMARY KEY (task_id, attempt_id),              -- which finds the attempts of a task, too
   CONSTRAINT attempt_end_has_outcome CHECK ((finished_at IS NULL) = (outcome IS NULL))
 ) STRICT;
 
@@ -402,7 +403,6 @@ CREATE INDEX task_rescues ON htm_tasks (parent_task_id) WHERE parent_task_id IS 
 CREATE INDEX task_retries ON htm_tasks (retry_of) WHERE retry_of IS NOT NULL;
 CREATE INDEX task_builtin_rescues ON htm_tasks (seq) WHERE task_type = 'rescue' AND handler IS NULL AND finished_at IS NULL;
 CREATE INDEX task_beyond_sla ON htm_tasks (escalation_level, sla_deadline) WHERE escalation_level > 0;
-CREATE INDEX attempt_of_task ON htm_task_attempts (task_id);
 CREATE UNIQUE INDEX attempt_open_once ON htm_task_attempts (task_id) WHERE finished_at IS NULL;
 CREATE INDEX attempt_open_of_worker ON htm_task_attempts (worker_id) WHERE finished_at IS NULL;
 CREATE INDEX attempt_lease ON htm_task_attempts (lease_expires_at) WHERE finished_at IS NULL AND lease_ms IS NOT NULL;
@@ -492,7 +492,7 @@ BEGIN
 END;
 
 CREATE TRIGGER attempt_never_replaced BEFORE INSERT ON htm_task_attempts
-WHEN EXISTS (SELECT 1 FROM htm_task_attempts WHERE attempt_id = NEW.attempt_id)
+WHEN EXISTS (SELECT 1 FROM htm_task_attempts WHERE task_id = NEW.task_id AND attempt_id = NEW.attempt_id)
 BEGIN
   SELECT RAISE(ABORT, 'an attempt is never replaced');
 END;

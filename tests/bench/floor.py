@@ -19,7 +19,8 @@ CLAIM = """UPDATE htm_tasks SET status = 'running', attempt_number = 1, attempt_
   started_at = ?, queue_time_ms = 5, updated_at = ? WHERE seq = ?"""
 END = """UPDATE htm_tasks SET status = 'completed', attempt_id = NULL, next_at = NULL, finished_at = ?, sla_met = 1, sla_buffer_ms = 5,
   exit_status = 0, execution_time_ms = 5, total_time_ms = 5, updated_at = ? WHERE seq = ?"""
-END_ATTEMPT = "UPDATE htm_task_attempts SET finished_at = ?, outcome = 'completed', ended_by = 'exit', exit_status = 0 WHERE attempt_id = ?"
+END_ATTEMPT = """UPDATE htm_task_attempts SET finished_at = ?, outcome = 'completed', ended_by = 'exit', exit_status = 0
+  WHERE task_id = ? AND attempt_id = ?"""
 EXECUTING = "UPDATE intent_records SET status = 'executing' WHERE seq = ?"
 COMPLETED = "UPDATE intent_records SET status = 'completed', completed_at = ?, success = 1, sla_met = 1, learned_from = 1 WHERE seq = ?"
 Statement = Callable[[int], tuple[str, tuple[Any, ...]]]
@@ -105,7 +106,7 @@ class Floor:
 
     def _ends(self, numbers: range) -> list[tuple[str, list[tuple[Any, ...]]]]:
         now = self.now
-        return [(END, [(now, now, n) for n in numbers]), (END_ATTEMPT, [(now, f"att_{n:019d}") for n in numbers]),
+        return [(END, [(now, now, n) for n in numbers]), (END_ATTEMPT, [(now, f"tas_{n:019d}", f"att_{n:019d}") for n in numbers]),
                 (COMPLETED, [(now, n) for n in numbers]), self._each(self.outcome, numbers),
                 *(self._each(self.events[topic], numbers) for topic in ENDED),
                 (COUNT, [(-len(numbers), "running"), (len(numbers), "completed")])]  # fmt: skip
