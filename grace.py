@@ -3760,8 +3760,8 @@ GET_TASK = "SELECT * FROM htm_tasks WHERE task_id = :id"
 RUNNABLE = """SELECT h.name, h.concurrency FROM handlers h WHERE h.paused = 0 AND h.external = 0
   AND EXISTS (SELECT 1 FROM htm_tasks t WHERE t.handler = h.name AND t.status = 'queued' AND t.available_at IS NULL)"""
 CLAIMABLE_BY_NAME = "SELECT name, concurrency FROM handlers WHERE name = :name AND paused = 0"
-OPEN_ATTEMPTS_OF_HANDLER = """SELECT COUNT(*) AS n FROM htm_task_attempts a JOIN htm_tasks t ON t.task_id = a.task_id
-  WHERE a.finished_at IS NULL AND t.handler = :name"""
+OPEN_ATTEMPTS_OF_HANDLER = """SELECT COUNT(*) AS n FROM htm_task_attempts a CROSS JOIN htm_tasks t -- CROSS so that the few open attempts come first
+  WHERE t.task_id = a.task_id AND a.finished_at IS NULL AND t.handler = :name"""
 HEADS = """SELECT rank, order_at, seq, task_id FROM htm_tasks t
   WHERE handler = :name AND status = 'queued' AND available_at IS NULL
     AND (retry_of IS NULL OR NOT EXISTS (SELECT 1 FROM htm_task_attempts a WHERE a.task_id = t.retry_of AND a.finished_at IS NULL))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import LIMIT, Place, until
+from tests.conftest import LIMIT, Place, load_module, until
 
 HOUR = 3_600_000
 
@@ -683,3 +684,22 @@ def test_counts_and_links_are_right_after_anything(place: Place, module: Any, se
     status = place.json("status")
     assert {name: status[name] for name in expected} == expected
     assert place.sql("PRAGMA foreign_key_check") == []
+
+
+# ---- what a statement may cost
+
+
+def test_no_statement_reads_a_large_table_from_end_to_end(queue: Place) -> None:
+    """Tasks, intents, attempts and events may be a million each: all but the repair and the newest events go by an index."""
+    g = load_module()
+    large = {"htm_tasks", "t", "intent_records", "i", "htm_task_attempts", "a", "outcome_records", "events"}
+    statements = {name: value for name, value in vars(g).items()
+                  if name.isupper() and isinstance(value, str) and re.match(r"(SELECT|UPDATE|DELETE|INSERT|WITH)\b", value)}  # fmt: skip
+    assert len(statements) > 80
+    store = g.Store(str(queue.db))
+    scans = set()
+    for name, sql in statements.items():
+        plan = store.con.execute(f"EXPLAIN QUERY PLAN {sql}", dict.fromkeys(re.findall(r":(\w+)", sql))).fetchall()
+        scans |= {name for line in plan if re.fullmatch(r"SCAN (\w+)", line[-1]) and line[-1].split()[1] in large}
+    store.close()
+    assert scans == {"RECOUNT_OPEN", "EVENTS_NEWEST"}
