@@ -99,7 +99,7 @@ UNHURRIED_MS = HOUR  # within its class, a task without an SLA is placed as if i
 CLAIM_BATCH = 64
 SWEEP_BATCH = 500
 HANDLER_DEFAULTS: Row = {
-    "argv": None, "cwd": None, "env": "{}", "external": 0, "paused": 0, "sla_ms": None, "timeout_ms": None,
+    "argv": None, "cwd": None, "env": "{}", "secrets": "[]", "external": 0, "paused": 0, "sla_ms": None, "timeout_ms": None,
     "kill_after_ms": 10 * SECOND, "max_attempts": 3, "max_recoveries": 5, "backoff_ms": 5 * SECOND, "concurrency": None,
     "rescue": None, "warn_at": 0.8, "critical_at": 2.0, "on_critical": "rescue",
 }  # fmt: skip
@@ -3737,12 +3737,12 @@ def secret_outlook(store: Store, document: Row, keys_here: bool) -> Row:
 
 GET_HANDLER = "SELECT * FROM handlers WHERE name = :name"
 LIST_HANDLERS = "SELECT * FROM handlers ORDER BY name"
-PUT_HANDLER = """INSERT INTO handlers (name, argv, cwd, env, external, paused, sla_ms, timeout_ms, kill_after_ms, max_attempts,
+PUT_HANDLER = """INSERT INTO handlers (name, argv, cwd, env, secrets, external, paused, sla_ms, timeout_ms, kill_after_ms, max_attempts,
     max_recoveries, backoff_ms, concurrency, rescue, warn_at, critical_at, on_critical, created_at, updated_at)
-  VALUES (:name, :argv, :cwd, :env, :external, :paused, :sla_ms, :timeout_ms, :kill_after_ms, :max_attempts,
+  VALUES (:name, :argv, :cwd, :env, :secrets, :external, :paused, :sla_ms, :timeout_ms, :kill_after_ms, :max_attempts,
     :max_recoveries, :backoff_ms, :concurrency, :rescue, :warn_at, :critical_at, :on_critical, :now, :now)
-  ON CONFLICT (name) DO UPDATE SET argv = excluded.argv, cwd = excluded.cwd, env = excluded.env, external = excluded.external,
-    sla_ms = excluded.sla_ms, timeout_ms = excluded.timeout_ms, kill_after_ms = excluded.kill_after_ms,
+  ON CONFLICT (name) DO UPDATE SET argv = excluded.argv, cwd = excluded.cwd, env = excluded.env, secrets = excluded.secrets,
+    external = excluded.external, sla_ms = excluded.sla_ms, timeout_ms = excluded.timeout_ms, kill_after_ms = excluded.kill_after_ms,
     max_attempts = excluded.max_attempts, max_recoveries = excluded.max_recoveries, backoff_ms = excluded.backoff_ms,
     concurrency = excluded.concurrency, rescue = excluded.rescue, warn_at = excluded.warn_at,
     critical_at = excluded.critical_at, on_critical = excluded.on_critical, updated_at = excluded.updated_at"""
@@ -6284,6 +6284,7 @@ def attempt_document(row: Row) -> Row:
 def handler_document(row: Row) -> Row:
     document = {key: value for key, value in row.items() if key not in ("created_at", "updated_at")}
     document.update(argv=json.loads(row["argv"]) if row["argv"] else None, env=json.loads(row["env"]),
+                    secrets=[{"env": name, "secret_key": key, "action": action} for name, key, action in json.loads(row["secrets"])],
                     external=bool(row["external"]), paused=bool(row["paused"]), created_at=format_instant(row["created_at"]),
                     updated_at=format_instant(row["updated_at"]))  # fmt: skip
     return document
@@ -7381,7 +7382,8 @@ def task_claim(app: App, handler: tuple[str, ...], worker: str, lease: int, wait
     """Take the next task of these handlers, for a worker that is not grace."""
     store = app.store()
     for name in handler:
-        find_handler(store, name)
+        if find_handler(store, name)["secrets"] != "[]":
+            raise UsageError(f"--handler: the tasks of {name!r} need secrets, which only a daemon hands over", "start one: grace daemon")
     bury_runners(store)
     task = store.write(lambda tx: claim_external(tx, handler, worker, lease))
     if task is None and wait is not None:
@@ -7477,19 +7479,21 @@ def end_by_command(app: App, text: str, worker: str, attempt_id: str | None, end
          opt("--on-critical", kind=Checked("word", one_of(("rescue", "retry", "none"))), default="rescue", show_default=True, help="rescue, retry or none."),
          opt("--cwd", help="Where it runs [default: here]."),
          opt("--env", kind=Checked("K=V", parse_variable), multiple=True, help="A variable for it (repeatable)."),
+         secret_use(False),
          opt("--external", is_flag=True, help="No command: other programs claim its tasks."),
          opt("--replace", is_flag=True, help="Change one that exists."))  # fmt: skip
 def handler_add(app: App, name: str, cmd: tuple[str, ...], external: bool, replace: bool, cwd: str | None, env: tuple[tuple[str, str], ...],
-                **options: Any) -> None:  # fmt: skip
+                secrets: tuple[tuple[str, str, str], ...], **options: Any) -> None:  # fmt: skip
     """Name a command that does work, or with --external a queue for other programs.
 
-    An argument that is exactly {goal}, {task_id} or {context.KEY} is replaced by the task's own."""
+    An argument that is exactly {goal}, {task_id} or {context.KEY} is replaced by the task's own. Its tasks wait for consent to use its secrets."""
     if external == bool(cmd):
         raise UsageError("write the command after --, or --external", f"such as: grace handler add {name} --sla 5m -- /usr/local/bin/work {{context.folder}}")
     if options["rescue"] == name:
         raise UsageError("--rescue: a handler cannot rescue itself, or its work would run twice at once")
     if options["warn_at"] >= options["critical_at"]:
         raise UsageError("--warn-at must lie below --critical-at")
+    refuse_odd_secrets([variable for variable, _, _ in secrets], external, [variable for variable, _ in env])
     try:
         for word in cmd:
             check_text(word or " ", "an argument of the command", 100_000)
@@ -7498,8 +7502,17 @@ def handler_add(app: App, name: str, cmd: tuple[str, ...], external: bool, repla
         raise UsageError(f"CMD: {error}") from None
     if cwd and not os.path.isdir(folder):
         raise UsageError(f"--cwd: {cwd!r} is not a directory")
-    row = {"name": name, "argv": to_json(list(cmd)) if cmd else None, "external": int(external), "cwd": folder, "env": to_json(dict(env)), **options}
+    row = {"name": name, "argv": to_json(list(cmd)) if cmd else None, "external": int(external), "cwd": folder, "env": to_json(dict(env)),
+           "secrets": to_json(secrets), **options}  # fmt: skip
     change_handler(app, lambda tx: put_handler(tx, row, replace))
+
+
+def refuse_odd_secrets(variables: list[str], external: bool, others: list[str]) -> None:
+    """UsageError for secrets that nothing could hand over, or that would hide each other."""
+    if variables and external:
+        raise UsageError("--secret: a handler without a command can be given none", "let the program ask: grace exec --secret ENV=KEY -- CMD")
+    if twice := next((name for number, name in enumerate(variables) if name in variables[:number] or name in others), None):
+        raise UsageError(f"--secret: {twice} is given twice")
 
 
 def change_handler(app: App, work: Callable[[Tx], Row]) -> None:
@@ -7513,9 +7526,9 @@ def handler_list(app: App) -> None:
     """All handlers."""
     store = app.store()
     documents = [handler_document(row) for row in store.all(LIST_HANDLERS)]
-    rows = [(d["name"], format_duration(d["sla_ms"]), "paused" if d["paused"] else "ready",
+    rows = [(d["name"], format_duration(d["sla_ms"]), "paused" if d["paused"] else "ready", " ".join(one["secret_key"] for one in d["secrets"]) or "-",
              "(external)" if d["external"] else printable(" ".join(d["argv"]))) for d in documents]  # fmt: skip
-    app.show(documents, lambda: show_table(("HANDLER", "SLA", "STATE", "COMMAND"), rows, "no handlers; make one: grace handler add NAME -- CMD"))
+    app.show(documents, lambda: show_table(("HANDLER", "SLA", "STATE", "SECRETS", "COMMAND"), rows, "no handlers; make one: grace handler add NAME -- CMD"))
 
 
 @command("handler show", arg("name", "name"))

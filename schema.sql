@@ -36,6 +36,7 @@ CREATE TABLE handlers (
   argv           TEXT CONSTRAINT handler_argv CHECK (argv IS NULL OR (json_valid(argv) AND json_array_length(argv) > 0)),
   cwd            TEXT,                            -- where it runs
   env            TEXT NOT NULL DEFAULT '{}' CONSTRAINT handler_env CHECK (json_valid(env)),
+  secrets        TEXT NOT NULL DEFAULT '[]' CONSTRAINT handler_secrets CHECK (json_valid(secrets)), -- [[variable, key, action], …]
   external       INTEGER NOT NULL DEFAULT 0 CONSTRAINT handler_external CHECK (external IN (0, 1)),
   paused         INTEGER NOT NULL DEFAULT 0 CONSTRAINT handler_paused CHECK (paused IN (0, 1)),
   sla_ms         INTEGER CONSTRAINT handler_sla CHECK (sla_ms > 0),
