@@ -411,7 +411,7 @@ def rescue_plan(task: Row, handler: Row | None, active: int, worker: str, on_cri
     if status in FINAL:
         return "the task has ended", "report"
     if status == "blocked":
-        return "the task waits for other intents", "report"
+        return f"the task waits for {'consent to use secrets' if task['reason'] == 'waiting_consent' else 'other intents'}", "report"
     if status in ("assigned", "running"):
         if worker == "external":
             return "an external worker holds the task and renews its lease", "report"
@@ -1084,6 +1084,7 @@ SETTINGS: dict[str, tuple[str, int, str]] = {
     "bridge.repair_every": ("duration", MINUTE, "How often a daemon looks for broken links between intents and tasks."),
     "consent.grant_for": ("duration", 10 * MINUTE, "How long an approval waits to be used."),
     "consent.pause": ("duration", 5 * MINUTE, "How long a program that was denied three times in a row may not ask."),
+    "consent.task_answer": ("duration", DAY, "How long a daemon's question for one of its tasks waits for an answer."),
     "vault.argon2_memory": ("memory", 256 << 20, "Memory that unlocking a new key file costs (64 MiB to 1 GiB)."),
     "daemon.heartbeat_every": ("duration", 10 * SECOND, "How often a daemon writes that its loop goes on."),
 }
@@ -2535,6 +2536,12 @@ DROP_WRAPS = "UPDATE consent_grants SET wrap = NULL WHERE consent_id = :id AND w
 EARLIER = """SELECT consent_status AS status, COUNT(*) AS n FROM secret_consent_records
   WHERE secret_key = :key AND json(request) -> 'claimed' ->> 'by' = :by AND consent_id <> :id GROUP BY consent_status"""
 MAX_PENDING, MAX_PENDING_EACH, DENIALS = 20, 5, 3
+PENDING_OF_EACH = "SELECT requester, COUNT(*) AS n FROM secret_consent_records WHERE consent_status = 'pending' GROUP BY requester"
+CONSENTS_OF_TASK = """SELECT consent_id, secret_key, consent_status, grant_expires_at, expired_reason, denial_reason, revocation_reason,
+    request, json(request) -> 'claimed' ->> 'action' AS action
+  FROM secret_consent_records WHERE task_id = :id AND mode = 'collect' ORDER BY seq"""
+TASK_WAITS = "SELECT 1 AS waits FROM htm_tasks WHERE task_id = :id AND status = 'blocked' AND reason = 'waiting_consent'"
+SECRET_CHANGED = "the secret was changed"
 LONGEST_GRANT = DAY  # whatever a request asks for
 LONGEST_STANDING = 366 * DAY
 REQUEST_SHAPE: Fields = {
@@ -2561,6 +2568,14 @@ CASE_PARTS: dict[str, Fields] = {
 }  # fmt: skip
 EXPORT_ANEW = "export it anew: grace consent export ID"
 SIGNED_SHAPE: Fields = {"document": TEXT, "wrap": MAYBE_TEXT, "signature": TEXT}
+
+
+class NoRoomError(DeniedError):
+    """As many requests wait for an answer as may."""
+
+
+class NeedlessError(ConflictError):
+    """A task does not wait for this any more, or somebody has asked for it already."""
 
 
 def required_groups(header: Row, risk: str) -> dict[str, int]:
@@ -2621,9 +2636,10 @@ def filed_request(reader: Reader, row: Row, header: Row, sealed_hash: str, vault
     """The request of a consent's row: it fits the row, the header and the log; RefusedError otherwise."""
     request = checked_request(row["request"], header, sealed_hash, vault_id)
     reported = request["reported"]
-    columns = (row["consent_id"], row["secret_key"], row["secret_version"], row["mode"], row["max_uses"], row["pid"], row["pid_started"], row["boot_id"])
-    said = (request["consent_id"], request["key"], request["version"], request["mode"], uses_of(request) or None,
-            *(reported.get(name) for name in ("pid", "started", "boot")))  # fmt: skip
+    names = ("consent_id", "secret_key", "secret_version", "mode", "max_uses", "pid", "pid_started", "boot_id", "task_id")
+    columns = tuple(row[name] for name in names)
+    told = (reported.get(name) for name in ("pid", "started", "boot", "task"))
+    said = (request["consent_id"], request["key"], request["version"], request["mode"], uses_of(request) or None, *told)
     if columns != said:
         raise RefusedError("the row of the request says something else than the request")
     check_story(reader, row, request)
@@ -2769,8 +2785,9 @@ class Asking:
     """One request of this process: its consent's id, and the private key that its grants will be wrapped to."""
 
     def __init__(self, vault: Vault, spec: Row):
-        """File the request; low risk is approved and used at once. UsageError, NotFoundError, DeniedError."""
+        """File the request; low risk is approved, and unless it is for a task, used at once. UsageError, NotFoundError, DeniedError."""
         self.vault, self.spec = vault, spec
+        self.for_task = spec["mode"] == "collect" and spec["reported"]["task"] is not None  # a daemon's, which starts the task later
         vault.store.write(expire_consents)
         self.entry, self.header = vault.current(vault.store, spec["key"])
         if spec.get("service") and spec["service"] != self.header["service"]:
@@ -2791,7 +2808,7 @@ class Asking:
         self.opened: bytes | None = None
         vault.store.write(self._file)
         vault.learn_head(self.header)
-        if self.risk == "low":
+        if self.risk == "low" and not self.for_task:
             shares = own_shares(vault.machine, self.entry, self.header, vault.store.all(SHARES_OF, key=spec["key"], version=self.header["version"]))
             self.opened = open_value(self.header, bytes(self.entry["sealed"]), shares)
 
@@ -2800,6 +2817,8 @@ class Asking:
         entry = tx.one(NEWEST_VERSION, key=spec["key"])
         if entry is None or entry["version"] != header["version"] or entry["sealed"] != self.entry["sealed"]:
             raise ConflictError(f"{spec['key']} was changed meanwhile", "try again")
+        if self.for_task:
+            refuse_needless(tx, reported["task"], header["key"], spec["action"])
         self.consent_id = new_id("consent", tx.now)
         claimed = {"by": spec["by"], "for": spec["purpose"], "action": spec["action"], "user": spec["user"], "context": spec["context"]}
         self.request = {
@@ -2811,10 +2830,10 @@ class Asking:
         }  # fmt: skip
         standing = standing_for(tx, self.request) if self.risk != "low" else None
         if self.risk != "low" and standing is None:
-            refuse_floods(tx, requester_of(reported))
+            refuse_floods(tx, requester_of(self.request))
         put_request(tx, self.request, header, self._kept_key(), standing)
         if self.risk == "low":
-            approve_low(tx, self.consent_id, self.request)
+            approve_low(tx, self.consent_id, self.request, self.for_task)
         elif standing is not None:
             self.answered = True
             approve_by_standing(tx, self.request, standing)
@@ -2834,8 +2853,11 @@ class Asking:
         return redeem(self.vault, self.consent_id, self.keys, canonical(self.request).decode())
 
 
-def requester_of(reported: Row) -> str:
-    """User id and program, by which floods are counted."""
+def requester_of(request: Row) -> str:
+    """User id and program, or for a daemon's task its handler, by which floods are counted."""
+    reported = request["reported"]
+    if request.get("mode") == "collect" and reported["task"]:
+        return task_requester(request["claimed"]["by"])
     return f"{reported['uid']}:{reported['exe'] or reported['program']}"
 
 
@@ -2843,7 +2865,7 @@ def put_request(tx: Tx, request: Row, header: Row, kept_key: bytes | None, stand
     """Write a request with its leaf and its event. `standing` is the consent that is going to approve it."""
     reported = request["reported"]
     tx.run(PUT_CONSENT, consent_id=request["consent_id"], key=request["key"], version=request["version"], mode=request["mode"],
-           request=canonical(request).decode(), requester=requester_of(reported), pid=reported["pid"], started=reported["started"], boot=reported["boot"],
+           request=canonical(request).decode(), requester=requester_of(request), pid=reported["pid"], started=reported["started"], boot=reported["boot"],
            ephemeral=kept_key, task_id=reported["task"], standing_id=standing["consent_id"] if standing else None, max_uses=uses_of(request) or None,
            now=tx.now, expires_at=request["answer_by"])  # fmt: skip
     record(tx, "consent.requested", request["consent_id"], {"key": request["key"], "version": request["version"], "risk": request["risk"],
@@ -2895,7 +2917,7 @@ def file_standing(tx: Tx, vault: Vault, spec: Row) -> Row:
     if problem := no_standing(header, risk, spec["terms"]["template"] is not None):
         raise UsageError(problem)
     if not spec["terms"]["template"]:
-        refuse_floods(tx, requester_of(spec["reported"]))
+        refuse_floods(tx, requester_of(spec))
     request = {
         "format": "grace-standing/1", "vault_id": vault.id, "consent_id": new_id("consent", tx.now), "key": header["key"], "version": header["version"],
         "header": hash_of("header", header), "sealed": entry["sealed_hash"], "mode": "standing", "ephemeral": vault.machine.public,
@@ -2916,13 +2938,56 @@ def waiting_line(asking: Asking) -> str:
 def refuse_floods(tx: Tx, requester: str) -> None:
     pending = tx.all(PENDING)
     if len(pending) >= MAX_PENDING:
-        raise DeniedError(f"{MAX_PENDING} requests are waiting for an answer", "answer or withdraw some: grace consent pending")
+        raise NoRoomError(f"{MAX_PENDING} requests are waiting for an answer", "answer or withdraw some: grace consent pending")
     if sum(row["requester"] == requester for row in pending) >= MAX_PENDING_EACH:
-        raise DeniedError(f"{MAX_PENDING_EACH} requests of this program are waiting for an answer", "answer or withdraw some: grace consent pending")
+        raise NoRoomError(f"{MAX_PENDING_EACH} requests of this program are waiting for an answer", "answer or withdraw some: grace consent pending")
     answers = tx.all(LAST_ANSWERS, requester=requester)
     pause = setting(tx, "consent.pause")
     if len(answers) == DENIALS and all(row["consent_status"] == "denied" for row in answers) and tx.now < answers[0]["denied_at"] + pause:
         raise DeniedError(f"this program was denied {DENIALS} times in a row and has to pause until {format_instant(answers[0]['denied_at'] + pause)}")
+
+
+def task_requester(by: str) -> str:
+    """By what the requests of a handler's tasks are counted."""
+    return f"{os.geteuid()}:{by}"
+
+
+def wish_state(consents: list[Row], key: str, action: str, now: int) -> tuple[str, Row | None]:
+    """What has become of one secret that a task needs: ready, waiting, missing or refused; and the newest consent for it."""
+    row = next((row for row in reversed(consents) if (row["secret_key"], row["action"]) == (key, action)), None)
+    if row is None or row["consent_status"] == "used" or row["expired_reason"] == "grant_ended" or row["revocation_reason"] == SECRET_CHANGED:
+        return "missing", row
+    if row["consent_status"] == "approved" and now < row["grant_expires_at"]:
+        return "ready", row
+    return ("waiting" if row["consent_status"] in ("pending", "approved") else "refused"), row
+
+
+def refuse_needless(tx: Tx, task_id: str, key: str, action: str) -> None:
+    """Whoever is second to ask for a task, or asks for one that goes on or has ended, asks nobody."""
+    if not tx.one(TASK_WAITS, id=task_id) or wish_state(tx.all(CONSENTS_OF_TASK, id=task_id), key, action, tx.now)[0] != "missing":
+        raise NeedlessError(f"{task_id} does not need to ask for {key} any more")
+
+
+def asks_nobody(reader: Reader, key: str, action: str) -> bool:
+    """Whether a use seems to be of low risk: a guess from what is not verified, which only saves a look."""
+    header = stored_object((reader.one(NEWEST_VERSION, key=key) or {"header": "{}"})["header"])
+    risks = header.get("action_risks")
+    return header.get("risk") == "low" and (risks.get(action) if isinstance(risks, dict) else None) in (None, "low")
+
+
+def open_consents_of(reader: Reader, task_id: str) -> list[str]:
+    """The ids of the requests of a task that wait for an answer or for the others."""
+    return [row["consent_id"] for row in reader.all(CONSENTS_OF_TASK, id=task_id) if row["consent_status"] in ("pending", "approved")]
+
+
+def withdraw_for_task(tx: Tx, task_id: str) -> None:
+    """A task has ended: what was asked for it, or approved and not used, is void."""
+    rows = [row for row in tx.all(CONSENTS_OF_TASK, id=task_id) if row["consent_status"] in ("pending", "approved")]
+    if rows:
+        tx.run("PRAGMA secure_delete = ON")
+        tx.run(SET_SETTING, name="_shred_due", value="1", now=tx.now)
+    for row in rows:
+        close_consent(tx, row, REVOKE, "revoked", "withdrawn", now=tx.now)
 
 
 def request_event(request: Row, header: Row) -> Row:
@@ -2935,12 +3000,13 @@ def request_event(request: Row, header: Row) -> Row:
             "prompt_message": f"Grace wants to use your {service} credentials to {claimed['for']}. Allow?"}  # fmt: skip
 
 
-def approve_low(tx: Tx, consent_id: str, request: Row) -> None:
-    """Low risk: approved and used by the machine in the transaction that asks."""
+def approve_low(tx: Tx, consent_id: str, request: Row, later: bool) -> None:
+    """Low risk: approved by the machine in the transaction that asks, and used there too unless that is to come `later`."""
     tx.run(APPROVE, id=consent_id, now=tx.now, until=tx.now + request["grant_for"], method="auto")
     emit(tx, "secrets.consent.approved", consent_id, {"consent_id": consent_id, "secret_key": request["key"], "approval_method": "auto"})
     record(tx, "consent.approved", consent_id, {"key": request["key"], "method": "auto"})
-    spend(tx, consent_id, request)
+    if not later:
+        spend(tx, consent_id, request)
 
 
 def spend(tx: Tx, consent_id: str, request: Row, standing_id: str | None = None) -> None:
@@ -3234,9 +3300,6 @@ def revoke_all(tx: Tx, key: str, action: str | None, reason: str) -> list[Row]:
     return [revoke(tx, row["consent_id"], reason) for row in wanted]
 
 
-CHANGED = "the secret was changed"
-
-
 def void_open_consents(tx: Tx, key: str, reason: str, but: Iterable[str] = ()) -> None:
     """What was asked for an older version, or for a secret that is gone, can no longer be granted or used."""
     for row in tx.all(OPEN_CONSENTS_OF, key=key):
@@ -3247,7 +3310,7 @@ def void_open_consents(tx: Tx, key: str, reason: str, but: Iterable[str] = ()) -
 def store_version(tx: Tx, made: Row, kind: str, approver: Approver | None, vault: Vault | None = None) -> Row:
     """A new version in the place of the one before, anchored by the approver who sealed it. Given the vault, standing consents may follow."""
     put_version(tx, made, kind)
-    void_open_consents(tx, made["header"]["key"], CHANGED, follow_standing(tx, vault, made) if vault else ())
+    void_open_consents(tx, made["header"]["key"], SECRET_CHANGED, follow_standing(tx, vault, made) if vault else ())
     if approver is not None:
         anchor(tx, approver)
     return tx.one(NEWEST_VERSION, key=made["header"]["key"]) or {}
@@ -3301,23 +3364,24 @@ def claim_parts(tx: Tx, vault: Vault, consent_id: str, keys: Keys | None, own_re
     """Check everything in one state of the database, spend the use, and hand out the parts of the data key."""
     row = get_consent(tx, consent_id)
     refuse_closed(row)
-    if vault.rolled_back(tx):
-        raise RefusedError("rolled back: the audit log is not the one that this machine has seen")
     entry, header = vault.current(tx, row["secret_key"])
     if own_request is not None and row["request"] != own_request:
         raise RefusedError("the request was changed after it was filed")
     request = filed_request(tx, row, header, sha256(bytes(entry["sealed"])), vault.id)
+    if request["risk"] != "low" and vault.rolled_back(tx):
+        raise RefusedError("rolled back: the audit log is not the one that this machine has seen")
     if header["expires"] is not None and tx.now >= header["expires"]:
         raise RefusedError(f"{header['key']} has expired")
+    parts: dict[str, dict[int, bytes]] = {}
     if row["standing_id"] is not None:
         parts = standing_parts(tx, vault, row["standing_id"], entry, header, request)
-    else:
+    elif request["ephemeral"] is not None:
         if keys is None:
             keys = Keys(vault.machine.unwrap(bytes(row["ephemeral"] or b""), statement("ephemeral", hash_of("request", request))))
         if keys.public != request["ephemeral"]:
             raise RefusedError("the request names the key of somebody else")
         parts = unwrapped(checked_all(tx, vault, row, header, request), keys)
-    if holders(header, "machine"):  # a secret of low risk, asked for at a higher one: the program alone holds it back
+    if holders(header, "machine"):  # a secret of low risk; when asked for at a higher one, the program alone holds it back
         parts.update(own_shares(vault.machine, entry, header, tx.all(SHARES_OF, key=header["key"], version=header["version"])))
     spend(tx, consent_id, request, row["standing_id"])
     return header, bytes(entry["sealed"]), parts
@@ -3461,6 +3525,15 @@ def mode_lines(request: Row) -> list[str]:
             "            nobody is asked again: this machine's key opens it meanwhile"]  # fmt: skip
 
 
+def context_lines(request: Row) -> list[str]:
+    """The claimed context: of a daemon's task its intent and handler, where it says nothing else that is not shown already."""
+    claimed, context = request["claimed"], json.loads(request["claimed"]["context"])
+    shown = {"task_id": request["reported"].get("task"), "goal": claimed["for"]}
+    if isinstance(context, dict) and set(context) == {"task_id", "intent_id", "handler", "goal"} and all(context[name] == shown[name] for name in shown):
+        return [line for name in ("intent_id", "handler") for line in quoted_lines(name.removesuffix("_id"), str(context[name]))]
+    return quoted_lines("context", claimed["context"]) if claimed["context"] != "{}" else []
+
+
 def prompt_lines(review: Review, seen: Row, elsewhere: bool) -> list[str]:
     """What an approver is shown, in the order of its worth: sealed, verified now, reported, claimed, and what was before."""
     header, request, now_risk = review.header, review.request, review.risk
@@ -3487,7 +3560,7 @@ def prompt_lines(review: Review, seen: Row, elsewhere: bool) -> list[str]:
     lines += [f"  task      {ascii_only(str(reported['task']))}"] if reported.get("task") else []
     lines += ["CLAIMED by the requester, anything may stand here"]
     lines += [line for name in ("by", "action", "for", "user") if claimed.get(name) for line in quoted_lines(name, str(claimed[name]))]
-    lines += quoted_lines("context", claimed["context"]) if claimed["context"] != "{}" else []
+    lines += context_lines(request)
     earlier = review.case["earlier"]
     history = ", ".join(f"{n} {ascii_only(status)}" for status, n in sorted(earlier.items()))
     history = history or "the first time that this requester asks for it"
@@ -3757,7 +3830,7 @@ INSERT_TASK = """INSERT INTO htm_tasks (task_id, intent_id, parent_task_id, retr
     :status, :reason, :priority, :order_at, :available_at, :next_at, :queued_at, :sla_ms, :sla_deadline, :warn_at, :critical_at,
     :timeout_ms, :max_attempts, :now, :queued_at, :now, :actor)"""
 GET_TASK = "SELECT * FROM htm_tasks WHERE task_id = :id"
-RUNNABLE = """SELECT h.name, h.concurrency FROM handlers h WHERE h.paused = 0 AND h.external = 0
+RUNNABLE = """SELECT h.name, h.concurrency, h.secrets FROM handlers h WHERE h.paused = 0 AND h.external = 0
   AND EXISTS (SELECT 1 FROM htm_tasks t WHERE t.handler = h.name AND t.status = 'queued' AND t.available_at IS NULL)"""
 CLAIMABLE_BY_NAME = "SELECT name, concurrency FROM handlers WHERE name = :name AND paused = 0"
 OPEN_ATTEMPTS_OF_HANDLER = """SELECT COUNT(*) AS n FROM htm_task_attempts a CROSS JOIN htm_tasks t -- CROSS so that the few open attempts come first
@@ -3786,6 +3859,8 @@ REQUEUE = """UPDATE htm_tasks SET status = 'queued', reason = :reason, attempt_n
   WHERE task_id = :task_id AND status IN ('assigned', 'running') AND attempt_id = :attempt_id RETURNING *"""
 UNBLOCK = """UPDATE htm_tasks SET status = 'queued', reason = NULL, next_at = :next_at, updated_at = :now, updated_by = :actor
   WHERE task_id = :task_id AND status = 'blocked' RETURNING *"""
+PARK = """UPDATE htm_tasks SET status = 'blocked', reason = 'waiting_consent', next_at = :next_at, updated_at = :now, updated_by = :actor
+  WHERE task_id = :task_id AND status = 'queued' AND available_at IS NULL RETURNING *"""
 FINISH = """UPDATE htm_tasks SET status = :status, reason = :reason, result = COALESCE(:result, result), error = :error,
     exit_status = COALESCE(:exit_status, exit_status), finished_at = :now, attempt_id = NULL, next_at = NULL, available_at = NULL,
     sla_met = :sla_met, sla_buffer_ms = sla_deadline - :now, execution_time_ms = :execution_ms,
@@ -4171,6 +4246,13 @@ SPEC_DEFAULTS: Row = {
 SHAPE = operator.itemgetter("handler", "domain", "priority", "sla_ms", "expected_outcome", "confidence", "risk_level", "created_by", "at",
                             "max_attempts", "timeout_ms", "command")  # fmt: skip
 SHAPES_KEPT = PAIRS_AT_ONCE = 100  # of a batch: the memory for more would cost more than it saves
+PARKED_OF_HANDLER = "SELECT COUNT(*) AS n FROM htm_tasks WHERE status = 'blocked' AND reason = 'waiting_consent' AND handler = :name"
+PARKED_CONSENTS = """SELECT t.task_id, t.handler, h.secrets, c.consent_id, c.secret_key, c.consent_status, c.grant_expires_at, c.expired_reason,
+    c.denial_reason, c.revocation_reason, json(c.request) -> 'claimed' ->> 'action' AS action
+  FROM htm_tasks t JOIN handlers h ON h.name = t.handler
+  LEFT JOIN secret_consent_records c ON c.task_id = t.task_id AND c.mode = 'collect'
+  WHERE t.status = 'blocked' AND t.reason = 'waiting_consent' ORDER BY t.rank, t.order_at, t.seq, c.seq"""
+PARKED_AT_ONCE = 1000  # of one handler: what is parked is looked at each time that a consent changes
 
 
 def submit(tx: Tx, specs: Iterable[Row]) -> list[Row]:
@@ -4307,12 +4389,95 @@ def block(tx: Tx, task: Row, after: Iterable[str]) -> None:
 
 
 def claim(tx: Tx, worker: str, n: int, only: Iterable[str] = ()) -> list[Row]:
-    """Up to n queued tasks become this daemon's, best first; `only` restricts the handlers."""
+    """Up to n queued tasks become this daemon's, best first; `only` restricts the handlers. Those that need consent first are parked."""
     handlers = tx.all(RUNNABLE)
     if only:
         handlers = [row for row in handlers if row["name"] in set(only)]
-    taken = (take(tx, task_id, worker) for task_id in first_in_line(tx, handlers, n))
+    held = [row for row in handlers if row["secrets"] != "[]"]
+    for handler in held:
+        park_unready(tx, handler)
+    line = (task_id for task_id in first_in_line(tx, handlers, n) if not held or is_ready(tx, task_id))
+    taken = (take(tx, task_id, worker) for task_id in line)
     return [row for row in taken if row is not None]
+
+
+def wishes_of(secrets: list[list[str]]) -> list[tuple[str, str]]:
+    """Key and action of each secret of a handler, once."""
+    return list(dict.fromkeys((key, action) for _, key, action in secrets))
+
+
+def is_ready(reader: Reader, task_id: str) -> bool:
+    """Whether a task has consent for all secrets of its handler; one of a handler without secrets needs none."""
+    task = get_task(reader, task_id)
+    secrets = reader.value("SELECT secrets FROM handlers WHERE name = :name", name=task["handler"]) or "[]"
+    consents, now = reader.all(CONSENTS_OF_TASK, id=task_id) if secrets != "[]" else [], clock()
+    return all(wish_state(consents, key, action, now)[0] == "ready" for key, action in wishes_of(json.loads(secrets)))
+
+
+def park_unready(tx: Tx, handler: Row) -> None:
+    """Let the tasks at the head of a handler's line that have no consent yet wait apart from it, until one that has comes first."""
+    if handler["concurrency"] is not None and tx.value(OPEN_ATTEMPTS_OF_HANDLER, name=handler["name"]) >= handler["concurrency"]:
+        return
+    room = PARKED_AT_ONCE - tx.value(PARKED_OF_HANDLER, name=handler["name"])
+    while room > 0:
+        heads = tx.all(HEADS, name=handler["name"], n=min(room, CLAIM_BATCH))
+        unready = [head["task_id"] for head in heads if not is_ready(tx, head["task_id"])]
+        for task_id in unready:
+            park(tx, get_task(tx, task_id))
+        room -= len(unready)
+        if not unready or len(unready) < len(heads):
+            return
+
+
+def park(tx: Tx, task: Row) -> Row:
+    """A queued task waits for consent: no attempt is made and no worker is held, while its SLA clock goes on."""
+    ahead = {**task, "status": "blocked"}
+    return changed_task(tx, task, PARK, next_at=next_step_at(ahead, setting(tx, "queue.age_every")))
+
+
+def parked_tasks(reader: Reader, only: Iterable[str] = ()) -> list[Row]:
+    """The tasks that wait for consent, best first: each with its handler, the state of each of its wishes, and the refusal if there is one."""
+    tasks: dict[str, list[Row]] = {}
+    for row in reader.all(PARKED_CONSENTS):
+        if not only or row["handler"] in set(only):
+            tasks.setdefault(row["task_id"], []).append(row)
+    now, parked = clock(), []
+    for task_id, rows in tasks.items():
+        states = {wish: wish_state(rows, *wish, now) for wish in wishes_of(json.loads(rows[0]["secrets"]))}
+        parked.append({"task_id": task_id, "handler": rows[0]["handler"], "wishes": states})
+    return parked
+
+
+def settle_parked(tx: Tx, only: Iterable[str] = ()) -> int:
+    """Let the parked tasks go on that have all they need, and end those that were refused; how many."""
+    moved = 0
+    for parked in parked_tasks(tx, only):
+        states = dict(reversed(parked["wishes"].values()))
+        if "refused" in states:
+            refuse_parked(tx, parked["task_id"], why_refused(states["refused"]))
+        elif states.keys() <= {"ready"}:
+            task = get_task(tx, parked["task_id"])
+            changed_task(tx, task, UNBLOCK, next_at=next_step_at({**task, "status": "queued"}, setting(tx, "queue.age_every")))
+        else:
+            continue
+        moved += 1
+    return moved
+
+
+def why_refused(consent: Row) -> str:
+    """The sentence that whoever asked is told."""
+    try:
+        refuse_closed(consent)
+    except GraceError as error:
+        return error.message
+    return f"{consent['consent_id']} is {consent['consent_status']}"
+
+
+def refuse_parked(tx: Tx, task_id: str, error: str) -> None:
+    """A task that may not have what it needs has failed, and is not tried again."""
+    task = get_task(tx, task_id)
+    if (task["status"], task["reason"]) == ("blocked", "waiting_consent"):
+        finish(tx, task, "failed", "consent_denied", {"error": error})
 
 
 def claim_external(tx: Tx, names: Iterable[str], worker: str, lease_ms: int) -> Row | None:
@@ -4398,6 +4563,8 @@ def finish_one(tx: Tx, task: Row, status: str, reason: str | None, ending: Row, 
                        execution_ms=execution_ms(task, tx.now), attempt_id=task["attempt_id"] or "")  # fmt: skip
     add_totals(tx, row)
     end_rescue_of(tx, row, cause)
+    if status != "completed" or reason is not None:  # else it has used what it was given
+        withdraw_for_task(tx, row["task_id"])
     if row["task_type"] == "rescue":
         return row, False
     record_outcome(tx, row)
@@ -4761,9 +4928,21 @@ class SpawnError(Exception):
         self.exit_status, self.retry = exit_status, retry
 
 
+def own_command() -> list[str]:
+    """How to call this very program again."""
+    if __name__ == "__main__":
+        return [sys.executable, os.path.abspath(__file__)]
+    return [sys.executable, "-P", "-m", __name__]
+
+
+def mark_of(token: str) -> str:
+    """What tells an attempt's processes: in their environment, and of a guard, whose environment is closed, among its arguments."""
+    return f"GRACE_TOKEN={token}"
+
+
 def processes_of(tokens: Iterable[str], group: int | None = None) -> list[int]:
     """The living processes that carry one of these tokens in their environment, or belong to the group."""
-    marks = [f"GRACE_TOKEN={token}".encode() for token in tokens]
+    marks = [mark_of(token).encode() for token in tokens]
     found = []
     for pid in all_pids():
         if pid == os.getpid():
@@ -4777,12 +4956,17 @@ def processes_of(tokens: Iterable[str], group: int | None = None) -> list[int]:
 
 
 def carries(pid: int, marks: list[bytes]) -> bool:
-    try:
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            variables = file.read().split(b"\0")
-    except OSError:
-        return False
-    return any(mark in variables for mark in marks)
+    """Whether a process has one of these in its environment, or, where that is closed, among the arguments of one of our own."""
+    for name in ("environ", "cmdline"):
+        try:
+            with open(f"/proc/{pid}/{name}", "rb") as file:
+                words = file.read().split(b"\0")
+        except PermissionError:
+            continue
+        except OSError:
+            return False
+        return any(mark in words for mark in marks) and (name == "environ" or owner_of(pid) == os.geteuid())
+    return False
 
 
 def send(pid: int, signum: int, group: bool = False) -> None:
@@ -4794,6 +4978,7 @@ class Victims:
     """Processes on their way out: TERM now, KILL once their time is over. `done` when none is left."""
 
     def __init__(self, pids: list[int], kill_after_ms: int):
+        self.pids = pids
         self.left = {pid: ticks for pid in pids if (ticks := start_ticks(pid)) is not None}
         self.kill_at = time.monotonic() + kill_after_ms / 1000
         self.killed = False
@@ -4936,13 +5121,17 @@ class Scrubber:
     def text(self, value: Any) -> Any:
         """A document with the secrets taken out of each text in it."""
         if isinstance(value, str):
-            before, self._rest = self._rest, b""
-            done = self.feed(value.encode(errors="surrogateescape"), last=True)
-            self._rest = before
-            return done.decode(errors="replace")
+            return self.plain(value.encode(errors="surrogateescape")).decode(errors="replace")
         if isinstance(value, dict):
             return {self.text(key): self.text(item) for key, item in value.items()}
         return [self.text(item) for item in value] if isinstance(value, list) else value
+
+    def plain(self, data: bytes) -> bytes:
+        """A whole text of its own, whatever is held back of the stream."""
+        before, self._rest = self._rest, b""
+        done = self.feed(data, last=True)
+        self._rest = before
+        return done
 
 
 LINE_ENDS = b"\r\n"
@@ -5074,6 +5263,8 @@ def payload_file(text: str) -> int:
 
 
 STEERING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # what tells a supervisor to stop or to renew itself
+GUARD_JOB = 3  # the descriptor on which a guard is told what to do
+GUARD_TRIES = 64  # pieces that are read after the handler has ended
 
 
 class Supervisor:
@@ -5089,6 +5280,7 @@ class Supervisor:
         self.environment = {key: value for key, value in os.environ.items() if not key.startswith("GRACE_")}
         self.log_limit = setting(store, "log.max_bytes")
         self.secrets: dict[str, bytes] = {}  # variables of the command that no log may show
+        self.helpers: dict[int, int | None] = {}  # processes of ours that run no attempt -> their exit code, once they have ended
         self._read_end, self._write_end = os.pipe()
         for fd in (self._read_end, self._write_end):
             os.set_blocking(fd, False)
@@ -5122,13 +5314,18 @@ class Supervisor:
                    "sla_deadline": format_instant(task["sla_deadline"])}  # fmt: skip
         payload.update(task.get("payload_facts", {}))
         argv = foreground or fill_argv(json.loads(handler["argv"]), payload)
-        environment = self._environment_of(task, {} if foreground else json.loads(handler["env"]), result)
+        own = {} if foreground else json.loads(handler["env"])
+        environment, job = self._environment_of(task, own, result), None
         try:
             make_attempt_folder(result)
             if not foreground:
                 os.chdir(handler["cwd"] or "/")
             program = find_program(argv[0], environment.get("PATH", os.defpath))
-            self._start(child, program, argv, environment, None if foreground else to_json(payload))
+            if handler["secrets"] != "[]":  # neither we nor any list of processes is to hold a value: see Guard
+                job = to_json({"task_id": task["task_id"], "program": program, "argv": argv, "env": own, "secrets": json.loads(handler["secrets"])})
+                argv, environment = [*own_command(), "_guard", mark_of(task["token"])], self._environment_of(task, {}, result)
+                program = argv[0]
+            self._start(child, program, argv, environment, None if foreground else to_json(payload), job)
         except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
             raise SpawnError(f"cannot use the directory {error.filename}: {error.strerror}", 126) from error
         finally:
@@ -5145,12 +5342,13 @@ class Supervisor:
                 "GRACE_ATTEMPT_ID": task["attempt_id"], "GRACE_DEADLINE": format_instant(task["sla_deadline"]) or "",
                 "GRACE_DB": self.store.path, "GRACE_RESULT": result, "GRACE_TOKEN": task["token"], "GRACE_WORKER": self.worker}  # fmt: skip
 
-    def _start(self, child: Child, program: str, argv: list[str], environment: dict[str, str], payload: str | None) -> None:
-        """One pipe for a handler's output, two for a foreground command's; all our ends are closed on exec."""
+    def _start(self, child: Child, program: str, argv: list[str], environment: dict[str, str], payload: str | None, job: str | None = None) -> None:
+        """One pipe for a handler's output, two for a foreground command's; all our ends are closed on exec. `job`: what a guard is told."""
         ends = [os.pipe() for _ in range(1 if payload is not None else 2)]
-        source = payload_file(payload) if payload is not None else -1
+        source, told = (payload_file(text) if text is not None else -1 for text in (payload, job))
         actions = [(os.POSIX_SPAWN_DUP2, source, 0)] if payload is not None else []
         actions += [(os.POSIX_SPAWN_DUP2, ends[0][1], 1), (os.POSIX_SPAWN_DUP2, ends[-1][1], 2)]
+        actions += [(os.POSIX_SPAWN_DUP2, told, GUARD_JOB)] if job is not None else []
         terminal = payload is None and owns_terminal()
         own: Row = {"setpgroup": 0} if terminal else {"setsid": True}
         try:
@@ -5162,7 +5360,7 @@ class Supervisor:
             why = "has no #! line and is no program" if getattr(error, "errno", 0) == errno.ENOEXEC else str(error)
             raise SpawnError(f"{argv[0]!r} cannot be executed: {why}", 126) from error
         finally:
-            for fd in [source, *(write_end for _, write_end in ends)]:
+            for fd in [source, told, *(write_end for _, write_end in ends)]:
                 if fd >= 0:
                     os.close(fd)
         if terminal:
@@ -5180,6 +5378,14 @@ class Supervisor:
         if self.secrets:
             child.scrubbers[fd] = Scrubber(self.secrets)
         self.watch(fd, lambda fd: self._read(child, fd))
+
+    def start_helper(self, words: list[str]) -> int:
+        """Start a command of this very program, which says what is wrong on our stderr; its process id."""
+        argv = [*own_command(), "--db", self.store.path, *words]
+        quiet = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1)]
+        pid = os.posix_spawn(argv[0], argv, {**os.environ}, file_actions=quiet, setsigmask=[], setsigdef=[*STEERING, signal.SIGPIPE, signal.SIGXFSZ])
+        self.helpers[pid] = None
+        return pid
 
     def adopt(self, facts: Row, handler: Row) -> None:
         """Take back a child that an earlier image of this process has started."""
@@ -5297,7 +5503,9 @@ class Supervisor:
             if not pid:
                 return
             child = self.children.get(pid)
-            if child is not None and os.WIFSTOPPED(status):
+            if pid in self.helpers and not os.WIFSTOPPED(status):
+                self.helpers[pid] = os.waitstatus_to_exitcode(status)
+            elif child is not None and os.WIFSTOPPED(status):
                 if child.has_terminal and os.WSTOPSIG(status) not in (signal.SIGTTIN, signal.SIGTTOU):
                     stop_together(child.pid)
                 elif child.has_terminal:  # it asked for the terminal before it was given it
@@ -5354,6 +5562,126 @@ class Supervisor:
         self.selector.close()
         for fd in (self._read_end, self._write_end, self._home):
             os.close(fd)
+
+
+class Guard:
+    """Between the daemon and a handler with secrets: opens them, starts the handler with them, and takes them out of what it writes.
+
+    It is the attempt's own process, in the group that signals go to; the handler is its child. The daemon never holds a value."""
+
+    def __init__(self, store: Store, job: Row):
+        self.store, self.job = store, job
+        self.heard: list[int] = []
+        self.pid, self.status = 0, None  # type: int, int | None
+        self._wake, self._woken = os.pipe()
+        for fd in (self._wake, self._woken):
+            os.set_blocking(fd, False)
+        signal.set_wakeup_fd(self._woken, warn_on_full_buffer=False)
+        for signum in (signal.SIGCHLD, *STEERING):
+            signal.signal(signum, lambda number, frame: self.heard.append(number))
+
+    def run(self) -> int:
+        """The handler's exit status, or minus the signal that ended it; 125 when there is no value for it. GraceError, SpawnError."""
+        softness = harden()
+        values = self._open_secrets()
+        scrubber = Scrubber(values)
+        self._relay(self._start(values, softness), scrubber)
+        hide_in_result(os.environ.get("GRACE_RESULT", ""), scrubber)
+        return int(self.status or 0)
+
+    def _open_secrets(self) -> dict[str, bytes]:
+        """The values by their variables; each consent of this task is spent once."""
+        task_id, now = self.job["task_id"], clock()
+        vault = Vault(self.store)
+        consents, chosen = self.store.all(CONSENTS_OF_TASK, id=task_id), {}
+        for key, action in wishes_of(self.job["secrets"]):
+            state, row = wish_state(consents, key, action, now)
+            if state != "ready" or row is None:
+                raise DeniedError(f"there is no consent for this attempt to use {key} ({action})", "it is asked for anew when the task is tried again")
+            chosen[key, action] = row
+        opened = {wish: redeem(vault, row["consent_id"], None, row["request"]) for wish, row in chosen.items()}
+        values = {variable: opened[key, action] for variable, key, action in self.job["secrets"]}
+        if name := next((name for name, value in values.items() if b"\0" in value), None):
+            raise DeniedError(f"the value for {name} holds a NUL byte, which no environment can")
+        return values
+
+    def _start(self, values: dict[str, bytes], softness: Softness) -> int:
+        """Start the handler as any other is started, but with its output to us; our end of the pipe."""
+        source, target = os.pipe()
+        os.set_blocking(source, False)
+        environment = {**os.environ, **self.job["env"], **{name: os.fsdecode(value) for name, value in values.items()}}
+        if any(signum in STEERING for signum in self.heard):
+            raise SpawnError("ended before it was started", 143)
+        soften(softness)
+        try:
+            self.pid = os.posix_spawn(self.job["program"], self.job["argv"], environment, setsigmask=[],
+                                      file_actions=[(os.POSIX_SPAWN_DUP2, target, 1), (os.POSIX_SPAWN_DUP2, target, 2)],
+                                      setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD, *STEERING])  # fmt: skip
+        except (OSError, ValueError) as error:
+            why = "has no #! line and is no program" if getattr(error, "errno", 0) == errno.ENOEXEC else type(error).__name__
+            raise SpawnError(f"{self.job['argv'][0]!r} cannot be executed: {why}", 126) from None
+        finally:
+            os.close(target)
+        for signum in self.heard:  # it may not have been in the group yet
+            if signum in STEERING:
+                send(self.pid, signum)
+        return source
+
+    def _relay(self, source: int, scrubber: Scrubber) -> None:
+        """Pass the output on until the handler has ended; a grandchild that keeps the pipe open, or goes on writing, delays nothing."""
+        import select
+
+        sources = [source]
+        while self.status is None:
+            select.select([self._wake, *sources], [], [])
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._wake, 4096)
+            if sources and not self._pass_on(source, scrubber):
+                os.close(sources.pop())  # where nobody reads our output, the handler is to find that out too
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.status = os.waitstatus_to_exitcode(status) if pid else None
+        for _ in range(GUARD_TRIES):
+            if not sources or not select.select(sources, [], [], 0)[0] or not self._pass_on(source, scrubber):
+                break
+        write_whole(1, scrubber.feed(b"", last=True))
+
+    def _pass_on(self, source: int, scrubber: Scrubber) -> bool:
+        """Move one piece; whether there may be more."""
+        try:
+            data = os.read(source, PIPE_CHUNK)
+        except BlockingIOError:
+            return True
+        return bool(data) and write_whole(1, scrubber.feed(data))
+
+
+def write_whole(fd: int, data: bytes) -> bool:
+    """Write all of it; False when nobody reads any more."""
+    try:
+        while data:
+            data = data[os.write(fd, data) :]
+    except OSError:
+        return False
+    return True
+
+
+def hide_in_result(path: str, scrubber: Scrubber) -> None:
+    """Take secrets out of what a handler has left at GRACE_RESULT; where that cannot be done, nothing is left."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError:
+        return
+    with os.fdopen(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return
+        data = file.read(MAX_JSON + MAX_LINE)
+    try:
+        clean = to_json(scrubber.text(parse_json(data.decode()))).encode()
+    except ValueError:  # not usable as a result: kept for whoever looks what was wrong with it
+        clean = scrubber.plain(data)[: MAX_JSON + 1]
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(clean)
 
 
 def owns_terminal() -> bool:
@@ -5476,13 +5804,9 @@ SAY_WHY = """UPDATE htm_tasks SET reason = :reason, updated_at = :now, updated_b
   WHERE task_id = :task_id AND status = 'assigned' RETURNING *"""
 RESUME = "GRACE_RESUME"
 CHECKPOINT_PAGES = 4000  # a daemon writes much: fewer, longer checkpoints save it a third of its syncs
-
-
-def own_command() -> list[str]:
-    """How to call this very program again."""
-    if __name__ == "__main__":
-        return [sys.executable, os.path.abspath(__file__)]
-    return [sys.executable, "-P", "-m", __name__]
+WAITING_MARK = """SELECT COUNT(*) AS n, MAX(seq) AS newest, (SELECT MAX(seq) FROM audit_log) AS leaves FROM htm_tasks
+  WHERE status = 'blocked' AND reason = 'waiting_consent'"""
+NO_ROOM, ASK_AGAIN = 75, 10  # an asker's exit code when some have to wait for room; seconds before one that failed is started anew
 
 
 def notify_systemd(text: str) -> None:
@@ -5554,8 +5878,9 @@ class Burial:
             os.pwrite(lock, BURIED, 0)
         self.rebooted = worker["boot_id"] != boot_id()
         attempts = store.all(OPEN_ATTEMPTS, worker=worker["worker_id"])
-        pids = [] if self.rebooted or not attempts else processes_of([row["token"] for row in attempts])
-        self.victims = Victims(pids, max((self._kill_after(row) for row in attempts), default=0))
+        self.tokens = [] if self.rebooted else [row["token"] for row in attempts]
+        self.kill_after_ms = max((self._kill_after(row) for row in attempts), default=0)
+        self.victims = Victims(processes_of(self.tokens) if self.tokens else [], self.kill_after_ms)
 
     def _kill_after(self, attempt: Row) -> int:
         task = self.store.one(GET_TASK, id=attempt["task_id"]) or {"handler": None}
@@ -5565,6 +5890,9 @@ class Burial:
         """Whether it is over."""
         if self.over or not self.victims.step():
             return self.over
+        if self.victims.pids and (born := processes_of(self.tokens)):  # started by one of them since
+            self.victims = Victims(born, self.kill_after_ms)
+            return False
         self.store.write(self._settle)
         self.over = True
         with contextlib.suppress(OSError):
@@ -5687,9 +6015,14 @@ def conclude_rescue(tx: Tx, rescue: Row, worker: str, state: str, facts: Row, se
     active = tx.value(OPEN_ATTEMPTS_OF_HANDLER, name=stuck["handler"])
     found, plan = rescue_plan(stuck, handler, active, state, (handler or HANDLER_DEFAULTS)["on_critical"], served, tx.now)
     taken, did = None, "recorded it"
+    if plan == "run" and stuck["available_at"] is not None:
+        stuck = changed_task(tx, stuck, WAKE, next_at=tx.now)
+    if plan == "run" and not is_ready(tx, stuck["task_id"]):
+        stuck = park(tx, stuck)
+        found, plan = rescue_plan(stuck, handler, active, state, "none", served, tx.now)
+    if stuck["reason"] == "waiting_consent":
+        facts = {**facts, "consent_ids": open_consents_of(tx, stuck["task_id"])}
     if plan == "run":
-        if stuck["available_at"] is not None:
-            stuck = changed_task(tx, stuck, WAKE, next_at=tx.now)
         taken = take(tx, stuck["task_id"], worker)
         did = "started it at once in an extra slot"
     elif plan == "recover":
@@ -5700,6 +6033,51 @@ def conclude_rescue(tx: Tx, rescue: Row, worker: str, state: str, facts: Row, se
     result = {"stuck_task_id": stuck["task_id"], "found": found, "did": did, "action": plan, "stuck_status": stuck["status"], **facts}
     end_attempt(tx, rescue["task_id"], rescue["attempt_id"], {"outcome": "completed", "ended_by": "exit", "result": result})
     return taken
+
+
+def missing_wishes(reader: Reader, parked: list[Row]) -> Iterator[tuple[str, str, str]]:
+    """What is to be asked for parked tasks, in their order, as far as there seems to be room for it: task, key, action."""
+    pending = {row["requester"]: row["n"] for row in reader.all(PENDING_OF_EACH)}
+    total, silent = sum(pending.values()), functools.cache(lambda key, action: asks_nobody(reader, key, action))
+    for task in parked:
+        mine = pending.get(task_requester(handler_name(task)), 0)
+        for (key, action), (state, _) in task["wishes"].items():
+            if state == "missing" and (silent(key, action) or (total < MAX_PENDING and mine < MAX_PENDING_EACH)):
+                yield task["task_id"], key, action
+
+
+def handler_name(task: Row) -> str:
+    """In whose name is asked for a task."""
+    return f"handler:{task['handler']}"
+
+
+def task_spec(task: Row, key: str, action: str, timeout_ms: int, login: str) -> Row:
+    """What Asking takes, for a secret of a parked task."""
+    context = {name: task[name] for name in ("task_id", "intent_id", "handler", "goal")}
+    return {"key": key, "action": action, "purpose": task["goal"], "by": handler_name(task), "user": None, "risk": None, "context": to_json(context),
+            "timeout_ms": timeout_ms, "mode": "collect", "hidden": False, "login": login, "reported": reported_facts(task["task_id"])}  # fmt: skip
+
+
+def ask_for_tasks(store: Store, only: Iterable[str], login: str) -> int:
+    """File the requests that parked tasks need; the exit status. A task that may not have what it needs has failed."""
+    status, parked, vault, timeout = 0, parked_tasks(store, only), None, setting(store, "consent.task_answer")
+    done: set[tuple[str, str, str]] = set()
+    while wish := next((wish for wish in missing_wishes(store, parked) if wish not in done), None):
+        done.add(wish)
+        task_id, key, action = wish
+        try:
+            vault = vault or Vault(store)
+            with refusals(store, key, plain=True):
+                Asking(vault, task_spec(get_task(store, task_id), key, action, timeout, login))
+        except NeedlessError:
+            continue
+        except (NoRoomError, ConflictError):  # somebody was faster, or has just changed the secret
+            status = NO_ROOM
+        except DatabaseError:
+            raise
+        except GraceError as error:
+            store.write(functools.partial(refuse_parked, task_id=task_id, error=error.message))
+    return status
 
 
 class Daemon:
@@ -5727,6 +6105,9 @@ class Daemon:
         self.idle = self.acted = False  # the last round found nothing to do; it did something
         self.last_clocks = clocks()
         self.beat_at = self.repair_at = self.check_at = 0.0
+        self.waiting_mark: Row | None = None  # what was there when the tasks that wait for consent were last looked at
+        self.consents_at = self.ask_at = 0.0  # when to look at them in any case; not to ask before
+        self.asker = 0  # the process that asks for them
         self.reload = False  # to execute itself anew
         watchdog = int(os.environ.get("WATCHDOG_USEC") or 0) if os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()) else 0
         self.watchdog_every, self.watchdog_at = (watchdog / 2e6 if watchdog else float("inf")), 0.0
@@ -5769,6 +6150,7 @@ class Daemon:
         if self.bell.rang():
             self.look = self.orders = True
         self._take_due_steps()
+        self._heed_consents()
         self.acted = self._settle()
         self.idle = not self.acted and not self.burials
         if self.orders:
@@ -5786,7 +6168,7 @@ class Daemon:
             return True
         if self.drain:
             return self.idle and not self.store.value(BUSY)
-        return self.once and self.idle and not self.look
+        return self.once and self.idle and not (self.look or self.asker or self._consents_changed())
 
     def _hear_signals(self) -> None:
         while self.sup.signals:
@@ -5883,6 +6265,41 @@ class Daemon:
             if original:
                 self._start(original, extra=True)
 
+    def _consents_changed(self) -> bool:
+        """Whether tasks wait for consent, and something has happened to one of both since the last look."""
+        if self.drain or self.reload or self.stop_at is not None:
+            return False
+        mark = self.store.one(WAITING_MARK) or {"n": 0}
+        return mark["n"] > 0 and mark != self.waiting_mark
+
+    def _heed_consents(self) -> None:
+        """Let tasks go on that have the consent they waited for, end those that were refused, and have somebody ask for the others."""
+        self._hear_asker()
+        if not self._consents_changed() and time.monotonic() < self.consents_at:
+            return
+        self.waiting_mark, self.consents_at = self.store.one(WAITING_MARK), time.monotonic() + 1
+        if self.drain or self.reload or self.stop_at is not None or not (self.waiting_mark or {"n": 0})["n"]:
+            return
+        parked = parked_tasks(self.store, self.only)
+        states = [{state for state, _ in one["wishes"].values()} for one in parked]
+        if any("refused" in state or state <= {"ready"} for state in states):
+            self.store.write(lambda tx: settle_parked(tx, self.only))
+            self.look = self.orders = True
+        if not self.asker and time.monotonic() >= self.ask_at and next(missing_wishes(self.store, parked), None):
+            self.asker = self.sup.start_helper(["_ask", *self.only])
+
+    def _hear_asker(self) -> None:
+        """Whether the asker has ended, and how."""
+        code = self.sup.helpers.get(self.asker)
+        if code is None:
+            return
+        del self.sup.helpers[self.asker]
+        self.asker = 0
+        self.consents_at = 0.0
+        self.ask_at = time.monotonic() + {0: 0, NO_ROOM: 1}.get(code, ASK_AGAIN)
+        if code not in (0, NO_ROOM):
+            self.say("trouble", {"message": f"asking for consent failed with exit status {code}; tried again in {ASK_AGAIN} s"})
+
     def _settle(self) -> bool:
         """Record what has started and ended, claim for the free slots, start what was claimed; whether anything was done."""
         free = 0 if self.drain or self.reload or self.stop_at is not None else self._free_slots()
@@ -5961,7 +6378,7 @@ class Daemon:
     def _sleep_for(self) -> float:
         """Seconds until the nearest instant, at most one: then the database is looked at without a knock."""
         unfinished = self.ended or self.failed_starts or any(not child.marked for child in self.sup.children.values())
-        if self.sup.signals or self.orders or unfinished or (self.once and self.acted):
+        if self.sup.signals or self.orders or unfinished or (self.once and self.acted) or self._consents_changed():
             return 0.0
         due = next_instant(self.store)
         seconds = [1.0, self.sup.next_at() - time.monotonic(), self.watchdog_at - time.monotonic()]
@@ -5987,6 +6404,7 @@ class Daemon:
         notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         self.say("executing anew", {"children": len(self.sup.children)})
         self.bell.close()
+        self._dismiss_asker()
         fds = [self.enlistment.lock, *(fd for child in self.sup.children.values() for fd in child.pipes)]
         state = {"worker": self.worker, "lock": self.enlistment.lock, "since": self.store.since,
                  "children": [child.facts() for child in self.sup.children.values()]}  # fmt: skip
@@ -6015,7 +6433,16 @@ class Daemon:
             self.sup.wait(min(1.0, max(0.0, self.sup.next_at() - time.monotonic())))
         self._close()
 
+    def _dismiss_asker(self) -> None:
+        """What it has filed stays; the rest is asked later."""
+        if self.asker and self.sup.helpers.get(self.asker) is None:
+            send(self.asker, signal.SIGTERM)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self.asker, 0)
+        self.asker = 0
+
     def _leave(self) -> None:
+        self._dismiss_asker()
         self.store.write(lambda tx: emit(tx, "daemon.stopped", self.worker, {"worker_id": self.worker, "kind": "daemon", "reason": "asked" if
                          self.stop_at is not None else "done", "pid": os.getpid()}))  # fmt: skip
         self.enlistment.discharge()
@@ -6558,6 +6985,7 @@ def story_line(event: Row) -> str:
 
 Parameter = Callable[[], click.Parameter]
 COMMANDS: dict[str, dict[str, tuple[Callable[..., int | None], tuple[Parameter, ...]]]] = {"": {}}
+HELPERS: dict[str, tuple[Callable[..., int | None], tuple[Parameter, ...]]] = {}  # what grace starts for itself; in no list
 GROUPS: dict[str, str] = {}
 
 
@@ -6758,6 +7186,16 @@ def command(path: str, *parameters: Parameter) -> Callable[[Callable[..., int | 
     return declare
 
 
+def helper(name: str, *parameters: Parameter) -> Callable[[Callable[..., int | None]], Callable[..., int | None]]:
+    """Declare a command that only grace itself starts."""
+
+    def declare(fn: Callable[..., int | None]) -> Callable[..., int | None]:
+        HELPERS[name] = (fn, parameters)
+        return fn
+
+    return declare
+
+
 class App:
     """What a command needs of its surroundings: the database's path, the format, the store."""
 
@@ -6840,7 +7278,7 @@ class LazyGroup(click.Group):
                 return LazyGroup(path, help=GROUPS[path], no_args_is_help=False)
             main_command = build_command(name, fn, parameters)
             return LazyGroup(path, help=GROUPS[path], params=main_command.params[:-2], callback=unless_sub(main_command.callback), invoke_without_command=True)
-        declared = COMMANDS[self.path].get(name) if name else None
+        declared = (COMMANDS[self.path].get(name) or (None if self.path else HELPERS.get(name))) if name else None
         return build_command(name, *declared) if declared else None
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
@@ -7079,7 +7517,7 @@ def ask_spec(key: str, action: str, purpose: str, by: str | None, user: str | No
              hidden: bool = False, task: str | None = None) -> Row:  # fmt: skip
     """What Asking takes, from the options of a command."""
     login = login_name()
-    by = by or f"{program_name(os.getppid())}@{login}"[:128]
+    by = by or f"{program_name(os.getppid()).replace('handler:', 'handler_')}@{login}"[:128]  # a program may call itself anything
     return {"key": key, "action": action, "purpose": purpose, "by": by, "user": user, "risk": risk, "context": context, "timeout_ms": timeout_ms,
             "mode": mode, "hidden": hidden, "login": login, "reported": reported_facts(task)}  # fmt: skip
 
@@ -7573,6 +8011,35 @@ def daemon_command(app: App, workers: int | None, handler: tuple[str, ...], grac
     for name in handler:
         find_handler(store, name)
     Daemon(store, workers or processors(), list(handler), grace_period, once, drain, say_json if app.json else say_plain).run()
+
+
+@helper("_ask", arg("handlers", "name", nargs=-1))
+def ask_helper(app: App, handlers: tuple[str, ...]) -> int:
+    """Ask for the secrets that parked tasks need: a process of its own, since the daemon holds no key and no value."""
+    harden()
+    store = app.store()
+    store.actor = "asker"
+    return ask_for_tasks(store, handlers, login_name())
+
+
+@helper("_guard", arg("mark"))
+def guard_helper(app: App, mark: str) -> int:
+    """Run one attempt of a handler with secrets, as the daemon tells on a descriptor."""
+    try:
+        with os.fdopen(GUARD_JOB, "rb") as file:
+            job = json.loads(file.read())
+    except (OSError, ValueError):
+        raise UsageError("only a daemon starts this") from None
+    try:
+        status = Guard(app.store(), job).run()
+    except (GraceError, SpawnError) as error:
+        report(error if isinstance(error, GraceError) else GraceError(str(error)), False)
+        return error.exit_status if isinstance(error, SpawnError) else 125
+    if status < 0:
+        with contextlib.suppress(OSError):  # KILL and STOP have no handlers
+            signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    return status if status >= 0 else 128 - status
 
 
 def processors() -> int:
@@ -8384,8 +8851,15 @@ def secret_remove(app: App, key: str) -> None:
 # ---- vault: asking for secrets and using them
 
 
+def requester(text: str) -> str:
+    """Who asks, as --by names him; only a daemon asks in the name of a handler."""
+    if text.strip().casefold().startswith("handler:"):
+        raise ValueError("names beginning with handler: are for the tasks that a daemon asks for")
+    return check_text(text, "a requester", 128)
+
+
 ASK_OPTIONS = (
-    opt("--by", kind=Checked("name", text_of("a requester", 128)), help="Who asks [default: PROGRAM@LOGIN of the caller]."),
+    opt("--by", kind=Checked("name", requester), help="Who asks [default: PROGRAM@LOGIN of the caller]."),
     opt("--user", kind="name", help="The approver who is to answer."),
     opt("--risk", kind="risk", help="A higher risk than the secret's own."),
     opt("--context", kind="object", default="{}", metavar="JSON", help="An object for whoever answers: JSON, @FILE, or - for stdin."),
@@ -8483,8 +8957,11 @@ def collected(store: Store, consent: str, key: str, action: str, timeout_ms: int
     row = get_consent(store, consent)
     if (row["secret_key"], request_of(row["request"])["claimed"]["action"]) != (key, action):
         raise ConflictError(f"{row['consent_id']} is for another secret or action")
-    if row["mode"] != "collect" and row["consent_status"] in ("pending", "approved"):
-        raise DeniedError(f"only the process that asked for {row['consent_id']} can use it")
+    if row["consent_status"] in ("pending", "approved"):
+        if row["mode"] != "collect":
+            raise DeniedError(f"only the process that asked for {row['consent_id']} can use it")
+        if row["task_id"] is not None:
+            raise DeniedError(f"{row['consent_id']} is for the task {row['task_id']} alone")
     if row["consent_status"] == "pending":
         row = await_answer(store, row["consent_id"], timeout_ms)
     refuse_closed(row)
@@ -9035,7 +9512,7 @@ def template_document(reader: Reader, name: str, rows: dict[str, Row]) -> Row:
     request = listed_request(some)
     terms = request.get("standing", {"action": "exact", "by": "exact"})
     bound = {what: request["claimed"][what] + ("*" if terms[what] == "prefix" else "") for what in ("action", "by")}
-    stale = [key for key, row in rows.items() if row["revocation_reason"] == CHANGED and (row["grant_expires_at"] or 0) > now]
+    stale = [key for key, row in rows.items() if row["revocation_reason"] == SECRET_CHANGED and (row["grant_expires_at"] or 0) > now]
     return {"template": name, "action": bound["action"], "requested_by": bound["by"], "expires_at": format_instant(some["grant_expires_at"]),
             "needs_refresh": stale,
             "secrets": [{"secret_key": key, "secret_version": row["secret_version"], "consent_id": row["consent_id"], "consent_status": row["consent_status"],

@@ -343,7 +343,7 @@ CREATE TABLE secret_consent_records (
   pid_started       INTEGER,                      -- and when it started, in clock ticks since boot
   boot_id           TEXT NOT NULL,
   ephemeral         BLOB,                         -- of a collect request: the private key, sealed to the machine
-  task_id           TEXT,
+  task_id           TEXT,                         -- the task that it is for, as the request says
   approval_method   TEXT CONSTRAINT consent_method CHECK (approval_method IN ('auto', 'approver', 'standing', 'template')),
   standing_id       TEXT REFERENCES secret_consent_records (consent_id), -- the standing consent that approved it
   max_uses          INTEGER CONSTRAINT consent_max_uses CHECK (max_uses > 0), -- NULL: of a standing consent, as many as come
@@ -398,6 +398,7 @@ CREATE INDEX task_claim_order ON htm_tasks (handler, rank, order_at, seq)
   WHERE status = 'queued' AND available_at IS NULL;
 CREATE INDEX task_next_step ON htm_tasks (next_at) WHERE next_at IS NOT NULL;
 CREATE INDEX task_queued_since ON htm_tasks (queued_at) WHERE status = 'queued' AND available_at IS NULL;
+CREATE INDEX task_waiting_consent ON htm_tasks (rank, order_at, seq) WHERE status = 'blocked' AND reason = 'waiting_consent';
 CREATE INDEX task_set_aside ON htm_tasks (seq) WHERE set_aside IS NOT NULL AND finished_at IS NULL;
 CREATE INDEX task_of_intent ON htm_tasks (intent_id);
 CREATE INDEX task_rescues ON htm_tasks (parent_task_id) WHERE parent_task_id IS NOT NULL;
@@ -420,6 +421,8 @@ CREATE INDEX consent_standing ON secret_consent_records (secret_key) WHERE mode 
 CREATE INDEX secret_rotate_at ON secret_entries (rotate_at) WHERE rotate_at IS NOT NULL;
 CREATE INDEX secret_in_rotation ON secret_entries (rotate_task) WHERE rotate_task IS NOT NULL;
 CREATE INDEX consent_of_secret_key ON secret_consent_records (secret_key, seq);
+CREATE INDEX consent_of_task ON secret_consent_records (task_id, seq) WHERE task_id IS NOT NULL;
+CREATE INDEX consent_pending ON secret_consent_records (seq) WHERE consent_status = 'pending';
 
 -- Refuse: steps between statuses that do not exist.
 CREATE TRIGGER task_starts_open BEFORE INSERT ON htm_tasks WHEN NEW.status NOT IN ('queued', 'blocked')
@@ -596,7 +599,7 @@ BEGIN
   SELECT RAISE(ABORT, 'illegal consent transition');
 END;
 
-CREATE TRIGGER consent_stays BEFORE UPDATE OF consent_id, secret_key, secret_version, mode, request, max_uses, requested_at, standing_id
+CREATE TRIGGER consent_stays BEFORE UPDATE OF consent_id, secret_key, secret_version, mode, request, task_id, max_uses, requested_at, standing_id
 ON secret_consent_records
 BEGIN
   SELECT RAISE(ABORT, 'what was asked never changes');
