@@ -3534,17 +3534,20 @@ def context_lines(request: Row) -> list[str]:
     return quoted_lines("context", claimed["context"]) if claimed["context"] != "{}" else []
 
 
+def sealed_lines(review: Review) -> list[str]:
+    """What the owner has signed of the secret, and the code of the request."""
+    header, request, now_risk = review.header, review.request, review.risk
+    owner = person_of(review.roster, header["owner"]) or {"name": "this machine"}
+    return [f"  secret    {header['key']}  version {header['version']}" + (f"  service {ascii_only(header['service'])}" if header["service"] else ""),
+            f"  owner     {owner['name']}",
+            f"  risk      {now_risk}" + (f"  (sealed as {header['risk']})" if now_risk != header["risk"] else ""),
+            f"  policy    {policy_text(header['policy'])}", *mode_lines(request), f"  code      {review.code}"]  # fmt: skip
+
+
 def prompt_lines(review: Review, seen: Row, elsewhere: bool) -> list[str]:
     """What an approver is shown, in the order of its worth: sealed, verified now, reported, claimed, and what was before."""
-    header, request, now_risk = review.header, review.request, review.risk
-    claimed, reported = request["claimed"], request["reported"]
-    owner = person_of(review.roster, header["owner"]) or {"name": "this machine"}
-    lines = ["SEALED (signed by the owner, verified)",
-             f"  secret    {header['key']}  version {header['version']}" + (f"  service {ascii_only(header['service'])}" if header["service"] else ""),
-             f"  owner     {owner['name']}",
-             f"  risk      {now_risk}" + (f"  (sealed as {header['risk']})" if now_risk != header["risk"] else ""),
-             f"  policy    {policy_text(header['policy'])}", *mode_lines(request), f"  code      {review.code}"]  # fmt: skip
-    lines += ["VERIFIED NOW by this process"]
+    request, claimed, reported = review.request, review.request["claimed"], review.request["reported"]
+    lines = ["SEALED (signed by the owner, verified)", *sealed_lines(review), "VERIFIED NOW by this process"]
     if elsewhere:
         lines += ["  nothing: the request comes from another machine"]
     elif not seen["alive"]:
@@ -6841,6 +6844,9 @@ QUEUED_HANDLERS = """SELECT c.handler, SUM(c.n) AS n, MAX(h.paused) AS paused, M
   WHERE c.status = 'queued' AND c.handler <> '' GROUP BY c.handler HAVING SUM(c.n) > 0"""
 LIVE_WORKERS = "SELECT * FROM workers WHERE stopped_at IS NULL ORDER BY started_at"
 SET_ASIDE_COUNT = "SELECT COUNT(*) AS n FROM htm_tasks WHERE set_aside IS NOT NULL AND finished_at IS NULL"
+PARKED_COUNT = "SELECT COUNT(*) AS n FROM htm_tasks WHERE status = 'blocked' AND reason = 'waiting_consent'"
+PARKED_PENDING = """SELECT c.consent_id FROM htm_tasks t JOIN secret_consent_records c ON c.task_id = t.task_id AND c.consent_status = 'pending'
+  WHERE t.status = 'blocked' AND t.reason = 'waiting_consent' ORDER BY c.seq"""
 
 
 def queue_counters(reader: Reader, now: int) -> Row:
@@ -6888,7 +6894,11 @@ def problems(store: Store, counters: Row, daemons: list[Row], workers: list[Row]
     """What needs a person, each with a hint."""
     found: list[tuple[str, str, str]] = []
     queued = store.all(QUEUED_HANDLERS)
-    waiting = sum(row["n"] for row in queued if not row["external"] and not row["paused"])
+    waiting, parked = sum(row["n"] for row in queued if not row["external"] and not row["paused"]), store.value(PARKED_COUNT)
+    if parked:
+        found.append(("waiting_consent", f"{counted(parked, 'task')} waiting for consent"
+                      + "".join(f" {row['consent_id']}" for row in store.all(PARKED_PENDING)), "answer: grace consent approve ID" if daemons
+                      else "answer: grace consent approve ID; and start a daemon, which goes on with them: grace daemon"))  # fmt: skip
     if waiting and not daemons:
         found.append(("no_daemon", f"{counted(waiting, 'task')} queued and no daemon runs", "start one: grace daemon"))
     for row in queued:
@@ -6927,6 +6937,7 @@ def explain_task(store: Store, task: Row) -> Row:
         "task_id": task["task_id"], "intent_id": task["intent_id"], "goal": task["goal"], "status": task["status"], "reason": task["reason"],
         "why": [{"code": code, "text": text} for code, text in reasons(store, task, now)],
         "next_steps": [{"step": name, "due_at": format_instant(at)} for at, name in steps],
+        "consents": consents_of_task(store, task["task_id"]),
         "attempts": [attempt_document(row) for row in store.all(ATTEMPTS_OF, id=task["task_id"])],
         "story": [{"at": event["created_at"], "topic": event["topic"], "text": story_line(event)} for event in story],
     }  # fmt: skip
@@ -6936,6 +6947,8 @@ def reasons(store: Store, task: Row, now: int) -> list[tuple[str, str]]:
     """Code and sentence for each thing that keeps an open task where it is, or that ended it."""
     if task["status"] in FINAL:
         return [(task["reason"] or task["status"], f"it ended {task['status']}" + (f": {task['error']}" if task["error"] else ""))]
+    if (task["status"], task["reason"]) == ("blocked", "waiting_consent"):
+        return consent_reasons(store, task, now)
     if task["status"] == "blocked":
         return [("waiting_dependency", f"it waits for the intent {row['intent_id']} ({row['status']})") for row in store.all(NEEDS, id=task["task_id"])]
     if task["status"] in ("assigned", "running"):
@@ -6958,6 +6971,27 @@ def reasons(store: Store, task: Row, now: int) -> list[tuple[str, str]]:
         found.append(("original_ending", f"the task it replaces, {task['retry_of']}, is still being ended"))
     ahead = store.value(AHEAD, handler=task["handler"], rank=task["rank"], order_at=task["order_at"])
     return found or [("queued", f"{ahead} tasks of its handler are ahead of it; it waits for a free worker")]
+
+
+def consent_reasons(store: Store, task: Row, now: int) -> list[tuple[str, str]]:
+    """For each secret that a parked task needs, what it waits for."""
+    handler, consents = store.one(GET_HANDLER, name=task["handler"]) or HANDLER_DEFAULTS, store.all(CONSENTS_OF_TASK, id=task["task_id"])
+    found = []
+    for key, action in wishes_of(json.loads(handler["secrets"])):
+        state, row = wish_state(consents, key, action, now)
+        text = {"ready": "it has consent", "missing": "it has not asked yet for consent", "refused": "it was refused consent"}.get(state)
+        if state == "waiting" and row is not None:
+            text = f"it waits for consent {row['consent_id']}"
+        found.append(("waiting_consent", f"{text} to use {key} ({action})"))
+    if not any(row["kind"] == "daemon" and is_alive(row) for row in store.all(LIVE_WORKERS)):
+        found.append(("no_daemon", "no daemon runs"))
+    return found
+
+
+def consents_of_task(reader: Reader, task_id: str) -> list[Row]:
+    """What was asked for a task of a daemon, in order."""
+    names = ("consent_id", "secret_key", "consent_status")
+    return [{**{name: row[name] for name in names}, "requested_action": row["action"]} for row in reader.all(CONSENTS_OF_TASK, id=task_id)]
 
 
 def story_line(event: Row) -> str:
@@ -7700,7 +7734,8 @@ def task_show(app: App, id: str) -> None:
     """All that is known of a task."""
     store = app.store()
     bury_runners(store)
-    document = task_document(get_task(store, find_id(store, "task", id)), clock())
+    task = get_task(store, find_id(store, "task", id))
+    document = {**task_document(task, clock()), "consents": consents_of_task(store, task["task_id"])}
     app.show(document, lambda: show_record(document))
 
 
@@ -9308,6 +9343,32 @@ def twins(vault: Vault, first: Judged, row: Row, group: str | None) -> list[Judg
     return found
 
 
+def siblings(vault: Vault, first: Judged, row: Row, group: str | None) -> list[Judged]:
+    """The other pending requests of the same task of a daemon, for the same purpose: judged before the person is asked."""
+    review, _, _ = first
+    task, found = review.request["reported"].get("task"), []
+    for other in vault.store.all(PENDING) if task else []:
+        if other["consent_id"] == row["consent_id"] or other["task_id"] != task or other["mode"] != "collect":
+            continue
+        with contextlib.suppress(GraceError):
+            sibling, its = judge(vault, review.approver, other)
+            claims = [{**one.request["claimed"], "action": None} for one in (review, sibling)]
+            same = all(sibling.request[name] == review.request[name] for name in ("risk", "mode", "user")) and claims[0] == claims[1]
+            if same and sibling.request["reported"].get("task") == task:
+                found.append((sibling, its, sibling.groups(group)))
+    return found
+
+
+def along_with(vault: Vault, judged: Judged, row: Row, group: str | None) -> list[Judged]:
+    """What one yes answers besides: only at medium risk, the same again from a running program, or what else a daemon's task needs."""
+    review, seen, _ = judged
+    if review.risk != "medium":
+        return []
+    if review.request["mode"] == "collect" and review.request["reported"].get("task"):
+        return siblings(vault, judged, row, group)
+    return twins(vault, judged, row, group) if seen["alive"] else []
+
+
 def sign_and_record(vault: Vault, review: Review, groups: list[str], seen: Row, note: str | None, source: str | None) -> Row:
     """Sign for each group, with the passphrase once more for each further one, and record the grants."""
     name, signed = review.approver.name, []
@@ -9356,9 +9417,8 @@ def consent_approve(app: App, id: str | None, group: str | None, once: bool, gra
     if grant_for:
         approve_from_now_on(app, vault, (review, seen, groups), {"grant_for": grant_for, "uses": uses, "follow": follow}, code, note, passphrase_file)
         return
-    alike = review.risk == "medium" and code is None and seen["alive"] and review.request["mode"] != "standing"
-    same = twins(vault, (review, seen, groups), row, group) if alike else []
-    show_prompt(app, review, seen, False, [twin.code for twin, _, _ in same])
+    same = along_with(vault, (review, seen, groups), row, group) if code is None and review.request["mode"] != "standing" else []
+    show_prompt(app, review, seen, False, [twin for twin, _, _ in same])
     confirmed(review, code, passphrase_file)
     done = sign_and_record(vault, review, groups, seen, note, passphrase_file)
     for twin, its, signing in same:
@@ -9401,10 +9461,15 @@ def standing_from(tx: Tx, vault: Vault, request: Row, wish: Row) -> Row:
                                      "timeout_ms": max(MINUTE, request["answer_by"] - tx.now), "terms": terms})  # fmt: skip
 
 
-def show_prompt(app: App, review: Review, seen: Row, elsewhere: bool, codes: Iterable[str] = (), terms: Iterable[str] = ()) -> None:
+def show_prompt(app: App, review: Review, seen: Row, elsewhere: bool, others: Iterable[Review] = (), terms: Iterable[str] = ()) -> None:
     """On the terminal where there is a person, whatever stderr is; else on stderr, unless it is to hold an error object only."""
     lines = prompt_lines(review, seen, elsewhere) + (["AND from now on, whatever asks the same", *terms] if terms else [])
-    lines += [f"AND the same in the same words, answered with this one; compare its code, too: {code}" for code in codes]
+    for other in others:
+        if other.request["header"] == review.request["header"] and other.request["claimed"] == review.request["claimed"]:
+            lines += [f"AND the same in the same words, answered with this one; compare its code, too: {other.code}"]
+        else:
+            lines += ["AND for the same task, answered with this one; compare its code, too:", *sealed_lines(other)]
+            lines += quoted_lines("action", other.request["claimed"]["action"])
     text = "\n".join(lines) + "\n"
     if has_terminal():
         with open("/dev/tty", "w", encoding="utf-8", errors="backslashreplace") as terminal:
