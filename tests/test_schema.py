@@ -136,6 +136,7 @@ CHECKS = {
     "handler_name": "UPDATE handlers SET name = ''",
     "handler_argv": "UPDATE handlers SET argv = '[]', external = 0",
     "handler_env": "UPDATE handlers SET env = '{'",
+    "handler_secrets": "UPDATE handlers SET secrets = '['",
     "handler_external": "UPDATE handlers SET external = 2",
     "handler_paused": "UPDATE handlers SET paused = 2",
     "handler_sla": "UPDATE handlers SET sla_ms = 0",
