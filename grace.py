@@ -5621,7 +5621,8 @@ class Guard:
                                       file_actions=[(os.POSIX_SPAWN_DUP2, target, 1), (os.POSIX_SPAWN_DUP2, target, 2)],
                                       setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD, *STEERING])  # fmt: skip
         except (OSError, ValueError) as error:
-            why = "has no #! line and is no program" if getattr(error, "errno", 0) == errno.ENOEXEC else type(error).__name__
+            said = getattr(error, "strerror", None) or type(error).__name__  # never the text, which could hold a value
+            why = "has no #! line and is no program" if getattr(error, "errno", 0) == errno.ENOEXEC else said
             raise SpawnError(f"{self.job['argv'][0]!r} cannot be executed: {why}", 126) from None
         finally:
             os.close(target)
@@ -8068,7 +8069,7 @@ def guard_helper(app: App, mark: str) -> int:
     try:
         status = Guard(app.store(), job).run()
     except (GraceError, SpawnError) as error:
-        report(error if isinstance(error, GraceError) else GraceError(str(error)), False)
+        report(GraceError(str(error)), False)  # one line, which becomes the attempt's error
         return error.exit_status if isinstance(error, SpawnError) else 125
     if status < 0:
         with contextlib.suppress(OSError):  # KILL and STOP have no handlers
