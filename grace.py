@@ -411,7 +411,7 @@ def rescue_plan(task: Row, handler: Row | None, active: int, worker: str, on_cri
     if status in FINAL:
         return "the task has ended", "report"
     if status == "blocked":
-        return f"the task waits for {'consent to use secrets' if task['reason'] == 'waiting_consent' else 'other intents'}", "report"
+        return f"the task waits for {'consent to use secrets' if task.get('reason') == 'waiting_consent' else 'other intents'}", "report"
     if status in ("assigned", "running"):
         if worker == "external":
             return "an external worker holds the task and renews its lease", "report"

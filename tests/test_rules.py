@@ -313,6 +313,7 @@ def test_backoff_doubles_within_a_quarter_and_ends_at_an_hour(module: Any) -> No
     ({}, None, 0, "none", "rescue", True, "report"), ({}, {"paused": 1}, 0, "none", "rescue", True, "report"),
     ({}, {"external": 1}, 0, "none", "rescue", True, "report"), ({}, {"concurrency": 2}, 2, "none", "rescue", True, "report"),
     ({}, {}, 0, "none", "rescue", False, "report"), ({"status": "blocked"}, {}, 0, "none", "rescue", True, "report"),
+    ({"status": "blocked", "reason": "waiting_consent"}, {}, 0, "none", "rescue", True, "report"),
     ({"status": "running"}, {}, 1, "alive", "rescue", True, "report"), ({"status": "running"}, {}, 1, "alive", "retry", True, "retry"),
     ({"status": "running"}, {}, 1, "dead", "rescue", True, "recover"), ({"status": "assigned"}, {}, 1, "dead", "retry", True, "recover"),
     ({"status": "running"}, {}, 1, "external", "retry", True, "report"), ({"status": "completed"}, {}, 0, "none", "retry", True, "report"),
