@@ -2537,7 +2537,7 @@ EARLIER = """SELECT consent_status AS status, COUNT(*) AS n FROM secret_consent_
   WHERE secret_key = :key AND json(request) -> 'claimed' ->> 'by' = :by AND consent_id <> :id GROUP BY consent_status"""
 MAX_PENDING, MAX_PENDING_EACH, DENIALS = 20, 5, 3
 PENDING_OF_EACH = "SELECT requester, COUNT(*) AS n FROM secret_consent_records WHERE consent_status = 'pending' GROUP BY requester"
-CONSENTS_OF_TASK = """SELECT consent_id, secret_key, consent_status, grant_expires_at, expired_reason, denial_reason, revocation_reason,
+CONSENTS_OF_TASK = """SELECT consent_id, secret_key, consent_status, mode, grant_expires_at, expired_reason, denial_reason, revocation_reason,
     request, json(request) -> 'claimed' ->> 'action' AS action
   FROM secret_consent_records WHERE task_id = :id AND mode = 'collect' ORDER BY seq"""
 TASK_WAITS = "SELECT 1 AS waits FROM htm_tasks WHERE task_id = :id AND status = 'blocked' AND reason = 'waiting_consent'"
