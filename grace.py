@@ -603,6 +603,121 @@ def ascii_only(text: str, longest: int = 200) -> str:
     return shown + (f" ... ({len(text)} characters)" if len(text) > longest else "")
 
 
+# ---- rules of git's credential protocol: what it asks for, which secret answers, and what the calling git is doing
+
+MAX_CREDENTIAL = 64 << 10
+SERVICE_URL = r"([A-Za-z]+)://([^/?#@\\\s]+)/*([^?#]*)"
+GIT_READS = ("clone", "fetch", "ls-remote", "pull")
+GIT_VALUES = ("-C", "-c", "--attr-source", "--config-env", "--exec-path", "--git-dir", "--namespace", "--super-prefix", "--work-tree")
+GIT_FLAGS = (  # of those that take no value the common ones
+    "-a", "-d", "-f", "-n", "-p", "-q", "-t", "-u", "-v", "--all", "--atomic", "--bare", "--delete", "--dry-run", "--ff-only", "--follow-tags", "--force",
+    "--force-with-lease", "--init", "--mirror", "--no-tags", "--porcelain", "--progress", "--prune", "--quiet", "--rebase", "--recurse-submodules",
+    "--recursive", "--set-upstream", "--tags", "--verbose",
+)  # fmt: skip
+GIT_WORD = r"[+:]?[A-Za-z0-9_./][A-Za-z0-9_./:+^~*%-]{0,199}"
+
+
+def parse_credential(data: bytes) -> dict[str, str]:
+    """What git says of a credential (git-credential(1)), up to a blank line: the last value of each name, `url` taken apart; ValueError."""
+    if len(data) > MAX_CREDENTIAL:
+        raise ValueError("is larger than 64 KiB")
+    if b"\0" in data or b"\r" in data:
+        raise ValueError("holds a NUL or a carriage return")
+    try:
+        lines = data.decode().split("\n")
+    except UnicodeDecodeError:
+        raise ValueError("is not valid UTF-8 text") from None
+    said: dict[str, str] = {}
+    for number, line in enumerate(lines[: lines.index("")] if "" in lines else lines, 1):
+        name, separator, value = line.partition("=")
+        if not separator:
+            raise ValueError(f"has no = in line {number}")  # the line itself may be a password
+        if name == "url":
+            said = url_parts(value)
+        elif not name.endswith("[]"):
+            said[name] = value
+    return said
+
+
+def url_parts(url: str) -> dict[str, str]:
+    """A URL as git takes it apart: protocol, host, and where they are given, path and username; ValueError."""
+    from urllib.parse import unquote
+
+    match = re.fullmatch(r"([^:/?#]+)://([^/?#]*)(.*)", url, re.DOTALL)
+    if not match:
+        raise ValueError("holds a url without a protocol")
+    login, at, host = match[2].partition("@")
+    parts = {"protocol": match[1], "host": unquote(host if at else match[2], errors="strict")}
+    if at:
+        parts["username"] = unquote(login.partition(":")[0], errors="strict")
+    if path := match[3].strip("/"):
+        parts["path"] = unquote(path, errors="strict")
+    if any(re.search("[\x00-\x1f]", part) for part in parts.values()):
+        raise ValueError("holds a url with a control character")
+    return parts
+
+
+def service_parts(service: str | None) -> tuple[str, str, str] | None:
+    """Protocol, host (with its port) and path of a --service that is a URL of http or https without a login; None for any other."""
+    from urllib.parse import unquote
+
+    match = re.fullmatch(SERVICE_URL, service or "")
+    if not match or match[1].lower() not in ("http", "https"):
+        return None
+    return match[1].lower(), same_host(match[2]), unquote(match[3].rstrip("/"))
+
+
+def same_host(host: str) -> str:
+    """The one spelling of a host; only A to Z have two, since folding other letters could make two hosts one."""
+    return host.lower() if host.isascii() else host
+
+
+def service_fit(service: str | None, username: str | None, said: dict[str, str]) -> int:
+    """How exactly a secret answers to what git says: 0 not at all, 1 for its host, 2 for its host and path."""
+    parts = service_parts(service)
+    if parts is None or parts[:2] != (said.get("protocol", "").lower(), same_host(said.get("host", ""))):
+        return 0
+    if username is not None and said.get("username", username) != username:
+        return 0
+    if not parts[2]:
+        return 1
+    return 2 if said.get("path", "").strip("/") == parts[2] else 0
+
+
+def git_words(argv: list[str]) -> list[str]:
+    """The subcommand in a command line of git, and what follows it; empty for another program."""
+    program = argv[0].rpartition("/")[2] if argv else ""
+    if program.startswith("git-"):
+        return [program.removeprefix("git-"), *argv[1:]]
+    rest = argv[1:] if program == "git" else []
+    while rest and rest[0].startswith("-"):
+        rest = rest[2 if rest[0] in GIT_VALUES else 1 :]
+    return rest
+
+
+def git_action(words: list[str]) -> str:
+    """The action that a command of git stands for: git_push, git_fetch, or git where it does not tell."""
+    if words[:1] == ["push"]:
+        return "git_push"
+    reads = words[:1] and (words[0] in GIT_READS or (words[0] in ("remote", "submodule") and "update" in words))
+    return "git_fetch" if reads else "git"
+
+
+def shown_git(words: list[str]) -> str:
+    """A command of git for people: what may hold a secret (logins in URLs, values of options) is left out."""
+    shown, hidden = ["git"], False
+    for word in words:
+        if word.startswith("-"):
+            hidden = word not in GIT_FLAGS
+            plain = word if not hidden else "-..."
+        else:
+            plain = re.sub("[?#].*", "", re.sub("^([a-z]+://)[^/?#]*@", r"\1", word), flags=re.DOTALL)
+            plain = "..." if hidden or not re.fullmatch(GIT_WORD, plain) else plain
+            hidden = False
+        shown.append(plain)
+    return " ".join(shown)[:300]
+
+
 # =====================================================================================================================
 # store
 # One SQLite file. Every write passes through Store.write: a place in the writers' queue (an flock on a file beside the
@@ -1332,6 +1447,22 @@ def parent_of(pid: int) -> int:
     """The process above; 0 when it cannot be told."""
     fields = stat_fields(pid)
     return int(fields[1]) if fields else 0
+
+
+def ancestors_of(pid: int, most: int) -> Iterator[int]:
+    """The processes above, nearest first, without init."""
+    while most and (pid := parent_of(pid)) > 1:
+        yield pid
+        most -= 1
+
+
+def arguments_of(pid: int) -> list[str]:
+    """The command line of a process, the first 64 KiB of it; empty where it may not be seen."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read(64 << 10).decode(errors="replace").removesuffix("\0").split("\0")
+    except OSError:
+        return []
 
 
 def owner_of(pid: int) -> int | None:
@@ -3494,12 +3625,8 @@ def observe(reported: Row, approver_uid: int) -> Row:
     if reported.get("boot") != boot_id() or not isinstance(pid, int) or not isinstance(started, int) or not lives(pid, started):
         return {"alive": False, "uid": None, "requester_is_approver_uid": None, "ancestors": []}
     uid = owner_of(pid)
-    ancestors: list[Row] = []
-    above = parent_of(pid)
-    while above > 1 and len(ancestors) < 8:
-        ancestors.append({"pid": above, "program": program_name(above), "path": program_path(above), "exe": program_hash(above),
-                          "uid": owner_of(above)})  # fmt: skip
-        above = parent_of(above)
+    ancestors = [{"pid": above, "program": program_name(above), "path": program_path(above), "exe": program_hash(above), "uid": owner_of(above)}
+                 for above in ancestors_of(pid, 8)]  # fmt: skip
     return {"alive": True, "uid": uid, "requester_is_approver_uid": uid == approver_uid, "ancestors": ancestors}
 
 
@@ -8376,10 +8503,14 @@ def unlock(vault: Vault, name: str, source: str | None) -> Approver:
 def open_vault(app: App) -> tuple[Store, Vault]:
     harden()
     store = app.store()
+    return store, vault_in(store)
+
+
+def vault_in(store: Store) -> Vault:
     with refusals(store, "vault", plain=False):
         vault = Vault(store)
     shred_if_due(store)
-    return store, vault
+    return vault
 
 
 @command("init", opt("--name", kind=APPROVER_NAME, help="The first approver [default: the login name]."),
