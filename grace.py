@@ -2666,6 +2666,7 @@ PUT_GRANT = """INSERT INTO consent_grants (consent_id, group_name, approver, doc
 DROP_WRAPS = "UPDATE consent_grants SET wrap = NULL WHERE consent_id = :id AND wrap IS NOT NULL"
 EARLIER = """SELECT consent_status AS status, COUNT(*) AS n FROM secret_consent_records
   WHERE secret_key = :key AND json(request) -> 'claimed' ->> 'by' = :by AND consent_id <> :id GROUP BY consent_status"""
+USED_VERSION = "SELECT 1 FROM secret_consent_records WHERE secret_key = :key AND secret_version = :version AND used_count > 0 LIMIT 1"
 MAX_PENDING, MAX_PENDING_EACH, DENIALS = 20, 5, 3
 PENDING_OF_EACH = "SELECT requester, COUNT(*) AS n FROM secret_consent_records WHERE consent_status = 'pending' GROUP BY requester"
 CONSENTS_OF_TASK = """SELECT consent_id, secret_key, consent_status, mode, grant_expires_at, expired_reason, denial_reason, revocation_reason,
@@ -3460,6 +3461,18 @@ def remove_secret(tx: Tx, key: str) -> Row:
     emit(tx, "secrets.secret.removed", key, {"secret_key": key, "version": newest["version"]})
     record(tx, "secret.removed", key, {"version": newest["version"], "uid": os.geteuid(), "signed": False})
     return tx.one(NEWEST_VERSION, key=key) or {}
+
+
+def suspect(tx: Tx, entry: Row, reason: str) -> bool:
+    """Say of a version that was used before why it should be replaced; whether that is news. It takes no passphrase, and changes no value."""
+    newest = tx.one(NEWEST_VERSION, key=entry["secret_key"]) or entry
+    known = newest["rotate_reason"] or ""
+    used = tx.one(USED_VERSION, key=entry["secret_key"], version=entry["version"])
+    if newest["version"] != entry["version"] or newest["sealed"] is None or used is None or reason in known.split("; "):
+        return False
+    tx.run(MARK_ROTATION, key=entry["secret_key"], reason=f"{known}; {reason}" if known else reason)
+    record(tx, "secret.suspect", entry["secret_key"], {"version": entry["version"], "reason": reason, "uid": os.geteuid(), "signed": False})
+    return True
 
 
 def answerable(reader: Reader, now: int) -> list[Row]:
@@ -7493,6 +7506,7 @@ GROUPS.update({
     "config": "The settings, each with a default and a sentence.",
     "consent": "Requests to use secrets, and the answers.",
     "consent template": "Pre-approvals for named secrets, signed and limited.",
+    "credential": "Secrets for programs that ask in a protocol of their own.",
     "events": "The event bus: what happened, in order.",
     "handler": "The commands that do the work, by name.",
     "intent": "Goals and how they went.",
@@ -9265,6 +9279,124 @@ def run_beside(program: str, cmd: tuple[str, ...], environment: dict[str, str], 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the command as well
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return code if code >= 0 else 128 - code
+
+
+# ---- vault: git's credential helper
+
+
+GIT_REFUSED = "git was refused with it"
+
+
+@command("credential git", opt("--by", kind=Checked("name", text_of("a requester", 128)), help="Who asks [default: git@LOGIN]."),
+         opt("--user", kind="name", help="The approver who is to answer."),
+         opt("--timeout", "timeout_ms", kind="duration", default="5m", show_default=True, help="How long the question stands."),
+         arg("operation", metavar="get|store|erase"))  # fmt: skip
+def credential_git(app: App, operation: str, **options: Any) -> None:
+    """Answer git, which calls this itself: git config credential.helper '!grace credential git'.
+
+    A secret answers for the exact host, and path, of its --service https://HOST[/PATH], after consent."""
+    if app.json:
+        raise UsageError("--json means nothing here: git's credential protocol has a format of its own")
+    harden()
+    if operation == "store":
+        while os.read(0, 1 << 16):  # what git has found to be right; nothing of it is kept
+            pass
+    elif operation == "get":
+        give_to_git(app, read_credential(), options)
+    elif operation == "erase":
+        doubt(app, read_credential())
+
+
+def read_credential() -> dict[str, str]:
+    """What git writes to a helper's standard input."""
+    data = b""
+    try:
+        while len(data) <= MAX_CREDENTIAL and b"\n\n" not in data and not data.startswith(b"\n") and (more := os.read(0, 1 << 16)):
+            data += more
+        return parse_credential(data)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"standard input {getattr(error, 'strerror', None) or error}", "see: git help credential") from None
+
+
+def secrets_for(app: App, said: dict[str, str]) -> tuple[Store | None, list[Row]]:
+    """The secrets that answer most exactly to what git says. Nothing is verified here: whoever asks for one does that."""
+    if not os.path.exists(app.path or default_path()):
+        return None, []
+    store = app.store()
+    fits: dict[int, list[Row]] = {}
+    for entry in store.all(CURRENT_SECRETS) if store.value(GET_VAULT) else []:
+        header = fitting(stored_object(entry["header"]))
+        fits.setdefault(service_fit(header.get("service"), header.get("username"), said), []).append(entry)
+    return store, fits.get(2) or fits.get(1) or []
+
+
+def give_to_git(app: App, said: dict[str, str], options: Row) -> None:
+    """Write user name and value for git, after consent; nothing when no secret answers. When that fails, git is told to ask nobody else."""
+    store, found = secrets_for(app, said)
+    if store is None or not found:
+        return
+    if on_terminal():
+        raise UsageError("a value is not shown on a terminal; git calls this by itself", "see it: grace secret get KEY --reveal")
+    try:
+        username, value = obtain_for_git(app, store, found, said, options)
+    except (GraceError, KeyboardInterrupt):
+        sys.stdout.write("quit=1\n")
+        sys.stdout.flush()
+        raise
+    sys.stdout.buffer.write((b"username=" + username.encode() + b"\n" if username is not None else b"") + b"password=" + value + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def obtain_for_git(app: App, store: Store, found: list[Row], said: dict[str, str], options: Row) -> tuple[str | None, bytes]:
+    """The user name and the value of the one secret that answers, after consent."""
+    keys = [str(entry["secret_key"]) for entry in found]
+    if len(keys) > 1:
+        raise ConflictError(f"several secrets answer for {git_url(said)}: {', '.join(keys)}", "put one's user name into the remote's URL, or remove the others")
+    header = fitting(stored_object(found[0]["header"]))
+    refuse_line_breaks(keys[0], "user name", str(header.get("username")).encode())
+    asking, value = obtain(app, vault_in(store), [{**git_spec(keys[0], said, **options), "service": header["service"]}])[0]
+    username = asking.header["username"]
+    if username != header.get("username"):
+        raise ConflictError(f"{keys[0]} was changed meanwhile", "try again")
+    refuse_line_breaks(keys[0], "value", value)
+    return username, value
+
+
+def refuse_line_breaks(key: str, what: str, data: bytes) -> None:
+    """What git would take for more lines than one is never written to it."""
+    if re.search(rb"[\0\r\n]", data):
+        raise DeniedError(f"the {what} of {key} holds a line break or a NUL, which git's protocol cannot carry", f"store it anew: grace secret set {key}")
+
+
+def git_spec(key: str, said: dict[str, str], by: str | None, user: str | None, timeout_ms: int) -> Row:
+    """What to ask for on behalf of the git that calls, as far as it and its own children's command lines tell.
+
+    That git is reported as the program, and not the shell in between, by which all scripts would be counted as one."""
+    calls = [(pid, words) for pid in ancestors_of(os.getpid(), 32) if (words := git_words(arguments_of(pid)))]
+    pid, words = next((call for call in calls if git_action(call[1]) != "git"), calls[-1] if calls else (os.getppid(), []))
+    url, action = git_url(said, [words for _, words in calls]), git_action(words)
+    reading = f"git {words[0]} update" if words[:1] in (["remote"], ["submodule"]) else f"git {' '.join(words[:1])}"
+    purpose = {"git_push": f"git push to {url}", "git_fetch": f"{reading} from {url}", "git": f"use git with {url}"}[action]
+    spec = ask_spec(key, action, purpose, by or f"git@{login_name()}"[:128], user, None, "{}", timeout_ms)
+    context = {"url": url, "folder": printable(spec["reported"]["cwd"]), "command": shown_git(words) if words else None}
+    return {**spec, "context": to_json(context), "reported": {**spec["reported"], "program": program_name(pid), "exe": program_hash(pid)}}
+
+
+def git_url(said: dict[str, str], calls: Iterable[list[str]] = ()) -> str:
+    """The URL that is asked for, without a login; where git does not say the path, its own program for the protocol does."""
+    protocol, host, path = said["protocol"].lower(), same_host(said["host"]), said.get("path", "")
+    for words in calls:
+        if words[0] in ("remote-http", "remote-https") and not path:
+            parts = service_parts(re.sub("[?#].*|(?<=://)[^/?#]*@", "", words[-1], flags=re.DOTALL))
+            path = parts[2] if parts and parts[:2] == (protocol, host) else ""
+    return printable(f"{protocol}://{host}/{re.sub('[?#].*', '', path, flags=re.DOTALL)}".rstrip("/")[:500])
+
+
+def doubt(app: App, said: dict[str, str]) -> None:
+    """Mark the secret that git was refused with, if it was ever used; it is neither changed nor removed."""
+    store, found = secrets_for(app, said)
+    if store is not None and len(found) == 1 and store.write(lambda tx: suspect(tx, found[0], GIT_REFUSED)):
+        pin_head(store)
 
 
 # ---- consent

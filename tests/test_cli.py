@@ -184,7 +184,7 @@ def test_json_of_every_command(place: Place, module: Any, inside: Callable[..., 
                                                                                                              '{"n": 1}']],
         "intent cancel": [[ids["queued_intent"]]],
     }  # fmt: skip
-    elsewhere = {"run", "daemon", "demo", "task cancel", "task fail", "completion", *VAULT_CALLS}
+    elsewhere = {"run", "daemon", "demo", "task cancel", "task fail", "completion", "credential git", *VAULT_CALLS}
     names = {path for path in all_commands() if path not in module.GROUPS or module.COMMANDS[path].get("")}
     assert not names - set(calls) - elsewhere, "commands without a call here"
     twice = {"handler add", "handler remove", "intent retry", "task retry", "task claim", "task complete", "intent cancel"}
@@ -476,14 +476,14 @@ def waits_in_kernel(pid: int) -> bool:
 class Terminal:
     """A process on a pseudo-terminal of a given width."""
 
-    def __init__(self, place: Place, *words: str, columns: int = 80, env: dict[str, str] | None = None):
+    def __init__(self, place: Place, *words: str, columns: int = 80, env: dict[str, str] | None = None, program: str = GRACE):
         self.own_end, child_end = pty.openpty()
         fcntl.ioctl(child_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         environment = {**place.environment, "TERM": "xterm", **(env or {})}
         environment.pop("COLUMNS", None)
         if "NO_COLOR" not in (env or {}):
             environment.pop("NO_COLOR", None)
-        self.process = subprocess.Popen([GRACE, *words], stdin=child_end, stdout=child_end, stderr=child_end, env=environment, cwd=place.folder,
+        self.process = subprocess.Popen([program, *words], stdin=child_end, stdout=child_end, stderr=child_end, env=environment, cwd=place.folder,
                                         start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))  # noqa: PLW1509  # fmt: skip
         place.processes.append(self.process)
         os.close(child_end)
