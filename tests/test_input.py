@@ -126,11 +126,11 @@ def vault_state(place: Place) -> dict[str, Any]:
     return state
 
 
-MAY_BE_TOLD = {"vault.refused", "consent.shown"}
+MAY_BE_TOLD = {"vault.refused", "approver.refused", "consent.shown"}
 
 
 def check_vault_unchanged(before: dict[str, Any], after: dict[str, Any], what: str) -> None:
-    """A refused call changes nothing, but the log may tell of it: what does not verify, and what an approver was shown before he was refused.
+    """A refused call changes nothing, but the log may tell of it: what does not verify, a wrong passphrase, what an approver was shown before he was refused.
 
     That a key is copied is in the log (and this machine has seen it there) before the copy is written, perhaps in vain."""
     size, exported = len(before["log"]), what.startswith("approver export with out = ")
