@@ -2648,8 +2648,10 @@ USE_STANDING = """UPDATE secret_consent_records SET used_count = used_count + 1,
   WHERE consent_id = :id AND mode = 'standing' AND consent_status = 'approved' AND (max_uses IS NULL OR used_count < max_uses)"""
 STANDING_OF = """SELECT * FROM secret_consent_records WHERE secret_key = :key AND mode = 'standing' AND consent_status = 'approved'
   ORDER BY seq"""
+OPEN_STANDING = """SELECT * FROM secret_consent_records WHERE mode = 'standing' AND consent_status IN ('pending', 'approved')
+  ORDER BY seq"""
 STANDING_FROM = """SELECT * FROM secret_consent_records WHERE mode = 'standing' AND consent_status = 'pending'
-  AND json(request) -> 'standing' ->> 'origin' = :id ORDER BY seq LIMIT 1"""
+  AND json(request) -> 'standing' ->> 'origin' = :id ORDER BY seq LIMIT 20"""
 PUT_STANDING_PART = """INSERT INTO standing_parts (consent_id, version, group_name, approver, wrap, signature)
   VALUES (:id, :version, :group, :approver, :wrap, :signature)"""
 STANDING_PARTS_OF = "SELECT * FROM standing_parts WHERE consent_id = :id AND version = :version"
@@ -3030,6 +3032,13 @@ def standing_for(tx: Tx, request: Row) -> Row | None:
     return None
 
 
+def end_standing(tx: Tx, approver: str | None, reason: str) -> None:
+    """End the standing consents that an approver has signed, or all of them, because they hold no longer."""
+    for row in tx.all(OPEN_STANDING):
+        if approver is None or any(grant["approver"] == approver for grant in tx.all(GRANTS_OF, id=row["consent_id"])):
+            close_consent(tx, row, REVOKE, "revoked", reason, now=tx.now)
+
+
 def approve_by_standing(tx: Tx, request: Row, standing: Row) -> None:
     """What a standing consent covers is approved in the transaction that asks; it is looked at again, whole, when it is used."""
     method = "template" if request_of(standing["request"])["standing"]["template"] else "standing"
@@ -3043,12 +3052,13 @@ def approve_by_standing(tx: Tx, request: Row, standing: Row) -> None:
 def file_standing(tx: Tx, vault: Vault, spec: Row) -> Row:
     """File a request for a standing consent; its row. It names this machine's key, which will open the secret while it lasts.
 
-    `spec`: key, claimed, reported, risk, user, timeout_ms, grant_for (ms), and the terms. UsageError where there can be none."""
+    `spec`: key, claimed, reported, risk, user, timeout_ms, grant_for (ms), the terms, and `limited` where a requester files it
+    himself. UsageError where there can be none."""
     entry, header = vault.current(tx, spec["key"])
     risk = highest_risk(header["risk"], header["action_risks"].get(spec["claimed"]["action"]), spec["risk"])
     if problem := no_standing(header, risk, spec["terms"]["template"] is not None):
         raise UsageError(problem)
-    if not spec["terms"]["template"]:
+    if spec.get("limited"):
         refuse_floods(tx, requester_of(spec))
     request = {
         "format": "grace-standing/1", "vault_id": vault.id, "consent_id": new_id("consent", tx.now), "key": header["key"], "version": header["version"],
@@ -8587,6 +8597,7 @@ def renew_machine(store: Store, name: str | None, source: str | None) -> Row:
         record(tx, "machine.replaced", vault_id, {"by": who, "fingerprint": keys.fingerprint})
         for made in resealed:
             store_version(tx, made, "reshared", None)
+        end_standing(tx, None, "this machine has a new key")
         anchor(tx, person)
 
     store.write(put)
@@ -8659,6 +8670,9 @@ def change_roster(vault: Vault, signer: Approver, roster: Row, kind: str, name: 
         put_roster(tx, roster, signer.keys)
         record(tx, kind, name, {"by": signer.name, "roster": hash_of("roster", roster), "number": roster["number"]})
         tx.many(MARK_ROTATION, [{"key": key, "reason": reason} for key, reason in (to_rotate or {}).items()])
+        for person in roster["approvers"]:
+            if person["name"] == name and person["removed"] is not None:
+                end_standing(tx, fingerprint(person), f"{name}, who signed it, was removed")
         anchor(tx, signer)
 
     vault.store.write(put)
@@ -9454,7 +9468,7 @@ def consent_request(app: App, key: str, grant_for: int | None, uses: int | None,
         return
     terms = {"uses": uses, "action": "exact", "by": "exact", "follow": follow, "template": None, "origin": None}
     with refusals(store, key, plain=True):
-        standing = standing_spec(vault, spec, grant_for, terms)
+        standing = {**standing_spec(vault, spec, grant_for, terms), "limited": True}
         row = store.write(lambda tx: file_standing(tx, vault, standing))
     vault.learn_head()
     show_consent(app, store, row)
@@ -9599,7 +9613,7 @@ def twins(vault: Vault, first: Judged, row: Row, group: str | None) -> list[Judg
             continue
         with contextlib.suppress(GraceError):
             twin, its = judge(vault, review.approver, other)
-            same = all(twin.request[name] == review.request[name] for name in ("header", "sealed", "claimed", "risk", "mode", "user"))
+            same = all(twin.request[name] == review.request[name] for name in ("header", "sealed", "claimed", "risk", "mode", "user", "grant_for"))
             processes = {(one["reported"].get("pid"), one["reported"].get("started")) for one in (review.request, *(known.request for known, _, _ in found))}
             another = (twin.request["reported"].get("pid"), twin.request["reported"].get("started")) not in processes
             if same and another and its["alive"] and its["ancestors"][:1] == seen["ancestors"][:1]:
@@ -9699,6 +9713,8 @@ def approve_from_now_on(app: App, vault: Vault, judged: Judged, wish: Row, code:
     filed = vault.store.write(lambda tx: standing_from(tx, vault, review.request, wish))
     try:
         standing, its = judge(vault, review.approver, filed)
+        if problem := odd_standing(standing.request, review.request, wish):
+            raise RefusedError(problem, f"what it asks for is not this: grace consent show {filed['consent_id']}")
         signing = standing.groups(groups[0] if len(groups) == 1 else None)
         show_prompt(app, review, seen, False, terms=mode_lines(standing.request))
         confirmed(review, code, source)
@@ -9714,15 +9730,31 @@ def standing_from(tx: Tx, vault: Vault, request: Row, wish: Row) -> Row:
     """The standing consent that goes with this request: as another approver has begun it on the same terms, or a new one."""
     if request["mode"] == "standing":
         raise UsageError("this is a standing consent already", "leave --for out")
-    terms = {"uses": wish["uses"], "action": "exact", "by": "exact", "follow": wish["follow"], "template": None, "origin": request["consent_id"]}
-    begun = tx.one(STANDING_FROM, id=request["consent_id"])
-    if begun is not None:
-        known = request_of(begun["request"])
-        if (known["standing"], known["grant_for"]) != (terms, wish["grant_for"]):
-            raise ConflictError("another approver has begun a standing consent on other terms", f"see it: grace consent show {begun['consent_id']}")
-        return begun
+    for begun in tx.all(STANDING_FROM, id=request["consent_id"]):
+        with contextlib.suppress(RefusedError):
+            known = request_of(begun["request"])
+            if tx.all(GRANTS_OF, id=begun["consent_id"]) and not odd_standing(known, request, {**terms_of(known), "grant_for": known["grant_for"]}):
+                if problem := odd_standing(known, request, wish):
+                    raise ConflictError(problem, f"another approver has begun it: grace consent show {begun['consent_id']}")
+                return begun
+    terms = {"action": "exact", "by": "exact", "template": None, "origin": request["consent_id"], "uses": wish["uses"], "follow": wish["follow"]}
     return file_standing(tx, vault, {**{name: request[name] for name in ("key", "claimed", "reported", "risk", "user")}, "grant_for": wish["grant_for"],
                                      "timeout_ms": max(MINUTE, request["answer_by"] - tx.now), "terms": terms})  # fmt: skip
+
+
+def terms_of(standing: Row) -> Row:
+    return {name: standing["standing"][name] for name in ("uses", "follow")}
+
+
+def odd_standing(standing: Row, request: Row, wish: Row) -> str | None:
+    """Why a standing request is not the one that goes with this request and this wish, or None."""
+    same = ("vault_id", "key", "version", "header", "sealed", "claimed", "reported", "risk", "user")
+    terms = {"action": "exact", "by": "exact", "template": None, "origin": request["consent_id"], "uses": wish["uses"], "follow": wish["follow"]}
+    if any(standing[name] != request[name] for name in same):
+        return "the standing consent is for something else than the request"
+    if standing["standing"] != terms or standing["grant_for"] != min(wish["grant_for"], LONGEST_STANDING):
+        return "the standing consent has other terms"
+    return None
 
 
 def show_prompt(app: App, review: Review, seen: Row, elsewhere: bool, others: Iterable[Review] = (), terms: Iterable[str] = ()) -> None:
@@ -9871,15 +9903,17 @@ def sign_templates(app: App, vault: Vault, people: list[Approver], specs: list[R
     with refusals(store, "template", plain=False):
         filed = [row["consent_id"] for row in store.write(lambda tx: [file_standing(tx, vault, spec) for spec in specs])]
     try:
-        for number, consent_id in enumerate(filed):
-            for person in people:
-                review, seen = judge(vault, person, get_consent(store, consent_id))
-                if person is people[0]:
-                    show_prompt(app, review, seen, False)
-                    confirmed(review, None, source) if number == len(filed) - 1 else None
+        shown: dict[str, str] = {}
+        for consent_id in filed:
+            review, seen = judge(vault, people[0], get_consent(store, consent_id))
+            show_prompt(app, review, seen, False)
+            shown[consent_id] = review.hash
+        confirmed(review, None, source)
         for consent_id in filed:
             for person in people:
                 review, seen = judge(vault, person, get_consent(store, consent_id))
+                if review.hash != shown[consent_id]:
+                    raise RefusedError("the request was changed after it was shown")
                 row = sign_and_record(vault, review, review.groups(None), seen, None, source)
             if row["consent_status"] != "approved":
                 raise DeniedError(f"{row['secret_key']} takes more approvers", "name them: --approver NAME --approver NAME")
