@@ -3099,7 +3099,7 @@ def wish_state(consents: list[Row], key: str, action: str, now: int) -> tuple[st
     row = next((row for row in reversed(consents) if (row["secret_key"], row["action"]) == (key, action)), None)
     if row is None or row["consent_status"] == "used" or row["expired_reason"] == "grant_ended" or row["revocation_reason"] == SECRET_CHANGED:
         return "missing", row
-    if row["consent_status"] == "approved" and now < row["grant_expires_at"]:
+    if row["consent_status"] == "approved" and now < (row["grant_expires_at"] or 0):
         return "ready", row
     return ("waiting" if row["consent_status"] in ("pending", "approved") else "refused"), row
 
@@ -3122,9 +3122,9 @@ def open_consents_of(reader: Reader, task_id: str) -> list[str]:
     return [row["consent_id"] for row in reader.all(CONSENTS_OF_TASK, id=task_id) if row["consent_status"] in ("pending", "approved")]
 
 
-def withdraw_for_task(tx: Tx, task_id: str) -> None:
-    """A task has ended: what was asked for it, or approved and not used, is void."""
-    rows = [row for row in tx.all(CONSENTS_OF_TASK, id=task_id) if row["consent_status"] in ("pending", "approved")]
+def withdraw_for_task(tx: Tx, task_id: str, statuses: tuple[str, ...] = ("pending", "approved")) -> None:
+    """Void what was asked for a task and is not needed any more; when it has ended, also what was approved and not used."""
+    rows = [row for row in tx.all(CONSENTS_OF_TASK, id=task_id) if row["consent_status"] in statuses]
     if rows:
         tx.run("PRAGMA secure_delete = ON")
         tx.run(SET_SETTING, name="_shred_due", value="1", now=tx.now)
@@ -4562,7 +4562,7 @@ def wishes_of(secrets: list[list[str]]) -> list[tuple[str, str]]:
 def is_ready(reader: Reader, task_id: str) -> bool:
     """Whether a task has consent for all secrets of its handler; one of a handler without secrets needs none."""
     task = get_task(reader, task_id)
-    secrets = reader.value("SELECT secrets FROM handlers WHERE name = :name", name=task["handler"]) or "[]"
+    secrets = (reader.one(GET_HANDLER, name=task["handler"]) or HANDLER_DEFAULTS)["secrets"]
     consents, now = reader.all(CONSENTS_OF_TASK, id=task_id) if secrets != "[]" else [], clock()
     return all(wish_state(consents, key, action, now)[0] == "ready" for key, action in wishes_of(json.loads(secrets)))
 
@@ -4589,7 +4589,7 @@ def park(tx: Tx, task: Row) -> Row:
 
 
 def parked_tasks(reader: Reader, only: Iterable[str] = ()) -> list[Row]:
-    """The tasks that wait for consent, best first: each with its handler, the state of each of its wishes, and the refusal if there is one."""
+    """The tasks that wait for consent, best first: each with its handler, and for each of its wishes the state and the consent."""
     tasks: dict[str, list[Row]] = {}
     for row in reader.all(PARKED_CONSENTS):
         if not only or row["handler"] in set(only):
@@ -4605,12 +4605,13 @@ def settle_parked(tx: Tx, only: Iterable[str] = ()) -> int:
     """Let the parked tasks go on that have all they need, and end those that were refused; how many."""
     moved = 0
     for parked in parked_tasks(tx, only):
-        states = dict(reversed(parked["wishes"].values()))
+        states = dict(parked["wishes"].values())  # of two in one state, one will do
         if "refused" in states:
             refuse_parked(tx, parked["task_id"], why_refused(states["refused"]))
         elif states.keys() <= {"ready"}:
             task = get_task(tx, parked["task_id"])
             changed_task(tx, task, UNBLOCK, next_at=next_step_at({**task, "status": "queued"}, setting(tx, "queue.age_every")))
+            withdraw_for_task(tx, task["task_id"], ("pending",))  # the handler may have been given other secrets meanwhile
         else:
             continue
         moved += 1

@@ -679,6 +679,17 @@ def test_the_secrets_of_a_handler_are_shown_and_replaced(place: Place) -> None:
     assert place.json("handler", "show", "work")["secrets"] == []
 
 
+def test_a_handler_that_gets_other_secrets_while_its_task_waits(vault: Place) -> None:
+    """What it needs now counts, and the question that is moot is taken back."""
+    secret_handler(vault, "true")
+    _, task_id = vault.submit("a goal", "--handler", "work")
+    with vault.daemon():
+        asked(vault, task_id)
+        secret_handler(vault, 'echo "$TEXT"', "--replace", secrets=("TEXT=motd",))
+        vault.until_status(task_id, "completed")
+    assert states(vault) == ["revoked", "used"]
+
+
 @pytest.mark.parametrize("words", [("--external", "--secret", "A=k"), ("--secret", "A=k", "--secret", "A=l", "--", "true"), ("--secret", "A", "--", "true"),
                                    ("--secret", "A=k", "--env", "A=1", "--", "true"), ("--secret", "GRACE_A=k", "--", "true")])  # fmt: skip
 def test_secrets_that_no_handler_can_have(words: tuple[str, ...], place: Place) -> None:
