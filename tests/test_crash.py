@@ -67,7 +67,11 @@ INVARIANTS = {
     "a final task has no next step": f"SELECT task_id FROM htm_tasks WHERE status IN {FINAL} AND (next_at IS NOT NULL OR attempt_id IS NOT NULL)",
     "an open task with steps before it has a next look": """SELECT task_id FROM htm_tasks WHERE finished_at IS NULL AND set_aside IS NULL
         AND next_at IS NULL AND (available_at IS NOT NULL OR (sla_ms IS NOT NULL AND escalation_level < CASE task_type WHEN 'rescue' THEN 2 ELSE 3 END))""",
-    "a blocked task waits for something": """SELECT t.task_id FROM htm_tasks t WHERE t.status = 'blocked' AND NOT EXISTS (
+    "nothing is asked twice at once": """SELECT task_id FROM secret_consent_records WHERE mode = 'collect' AND task_id IS NOT NULL
+        AND consent_status IN ('pending', 'approved') GROUP BY task_id, secret_key, json(request) -> 'claimed' ->> 'action' HAVING COUNT(*) > 1""",
+    "nothing is asked for a task that has ended": f"""SELECT c.consent_id FROM secret_consent_records c JOIN htm_tasks t USING (task_id)
+        WHERE c.mode = 'collect' AND c.consent_status IN ('pending', 'approved') AND t.status IN {FINAL}""",
+    "a blocked task waits for something": """SELECT t.task_id FROM htm_tasks t WHERE t.status = 'blocked' AND t.reason <> 'waiting_consent' AND NOT EXISTS (
         SELECT 1 FROM task_dependencies d JOIN intent_records i USING (intent_id) WHERE d.task_id = t.task_id AND i.completed_at IS NULL)""",
     "attempts of one task do not overlap": """SELECT a.task_id FROM htm_task_attempts a JOIN htm_task_attempts b ON a.task_id = b.task_id
         AND a.rowid < b.rowid WHERE b.created_at < COALESCE(a.finished_at, 9e15)""",

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Place, alive, shell, until
+from tests.test_crash import EXCLUSIVE, check_invariants, counts, kill, quiet_daemon
 
 VALUE = "canary-31b7/+=&x"
 SECOND = "another-canary-5c90"
@@ -406,6 +408,32 @@ def test_waiting_outlives_every_daemon(vault: Place) -> None:
         for task_id in tasks:
             vault.until_status(task_id, "completed")
     assert states(vault) == ["used"] * 4 and all((vault.folder / f"{task_id}.runs").read_text() == "x\n" for task_id in tasks)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_daemon_killed_at_any_moment_loses_and_doubles_nothing(vault: Place, seed: int) -> None:
+    """While it parks, asks, starts guards and ends them; each task is done in the end, and never twice at the same time."""
+    chance = random.Random(seed)
+    script = vault.folder / "exclusive"
+    script.write_text(EXCLUSIVE)
+    script.chmod(0o755)
+    vault.handler("work", "--secret", "TEXT=motd", "--max-recoveries", "100", "--kill-after", "2s", "--max-attempts", "1", "--", str(script), str(vault.folder))
+    batch = "".join(json.dumps({"goal": f"survive {number}", "handler": "work", "sla": ["2s", "5s", "1h"][number % 3]}) + "\n" for number in range(20))
+    tasks = [done["task_id"] for done in vault.ok("submit-intent", "--batch", "-", "--json", stdin=batch.encode()).lines]
+    for _ in range(7):
+        daemon = quiet_daemon(vault, "--workers", "3")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            daemon.wait(chance.uniform(0.3, 1.5))
+        kill(daemon)
+        check_invariants(vault)
+    with vault.daemon("--workers", "3"):
+        until(lambda: counts(vault) == {"completed": len(tasks)}, "all tasks to complete")
+        until(lambda: vault.sql("SELECT COUNT(*) AS n FROM htm_tasks WHERE finished_at IS NULL") == [[0]], "all rescues to end")
+    check_invariants(vault)
+    assert not (vault.folder / "overlaps").exists(), "two copies ran at once"
+    assert set((vault.folder / "ends").read_text().split()) == set(tasks)
+    attempts = vault.sql("SELECT COUNT(*) AS n FROM htm_task_attempts WHERE started_at IS NOT NULL")[0][0]
+    assert len(tasks) <= len(history(vault)) <= attempts + len(tasks), "asked once for each start"
 
 
 def test_a_killed_daemons_guard_and_handler_end_before_the_task_waits_again(vault: Place) -> None:
