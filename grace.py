@@ -4400,7 +4400,7 @@ SHAPE = operator.itemgetter("handler", "domain", "priority", "sla_ms", "expected
                             "max_attempts", "timeout_ms", "command")  # fmt: skip
 SHAPES_KEPT = PAIRS_AT_ONCE = 100  # of a batch: the memory for more would cost more than it saves
 PARKED_OF_HANDLER = "SELECT COUNT(*) AS n FROM htm_tasks WHERE status = 'blocked' AND reason = 'waiting_consent' AND handler = :name"
-PARKED_CONSENTS = """SELECT t.task_id, t.handler, h.secrets, c.consent_id, c.secret_key, c.consent_status, c.grant_expires_at, c.expired_reason,
+PARKED_CONSENTS = """SELECT t.task_id, t.handler, h.secrets, h.paused, c.consent_id, c.secret_key, c.consent_status, c.grant_expires_at, c.expired_reason,
     c.denial_reason, c.revocation_reason, json(c.request) -> 'claimed' ->> 'action' AS action
   FROM htm_tasks t JOIN handlers h ON h.name = t.handler
   LEFT JOIN secret_consent_records c ON c.task_id = t.task_id AND c.mode = 'collect'
@@ -4597,7 +4597,7 @@ def parked_tasks(reader: Reader, only: Iterable[str] = ()) -> list[Row]:
     now, parked = clock(), []
     for task_id, rows in tasks.items():
         states = {wish: wish_state(rows, *wish, now) for wish in wishes_of(json.loads(rows[0]["secrets"]))}
-        parked.append({"task_id": task_id, "handler": rows[0]["handler"], "wishes": states})
+        parked.append({"task_id": task_id, "handler": rows[0]["handler"], "paused": rows[0]["paused"], "wishes": states})
     return parked
 
 
@@ -6197,7 +6197,7 @@ def missing_wishes(reader: Reader, parked: list[Row]) -> Iterator[tuple[str, str
     for task in parked:
         mine = pending.get(task_requester(handler_name(task)), 0)
         for (key, action), (state, _) in task["wishes"].items():
-            if state == "missing" and (silent(key, action) or (total < MAX_PENDING and mine < MAX_PENDING_EACH)):
+            if state == "missing" and not task["paused"] and (silent(key, action) or (total < MAX_PENDING and mine < MAX_PENDING_EACH)):
                 yield task["task_id"], key, action
 
 
@@ -7135,6 +7135,8 @@ def consent_reasons(store: Store, task: Row, now: int) -> list[tuple[str, str]]:
         if state == "waiting" and row is not None:
             text = f"it waits for consent {row['consent_id']}"
         found.append(("waiting_consent", f"{text} to use {key} ({action})"))
+    if handler["paused"]:
+        found.append(("handler_paused", f"its handler {handler['name']} is paused"))
     if not any(row["kind"] == "daemon" and is_alive(row) for row in store.all(LIVE_WORKERS)):
         found.append(("no_daemon", "no daemon runs"))
     return found

@@ -718,6 +718,20 @@ def test_a_handler_that_gets_other_secrets_while_its_task_waits(vault: Place) ->
     assert states(vault) == ["revoked", "used"]
 
 
+def test_nobody_is_asked_for_a_paused_handler(vault: Place) -> None:
+    """An approval would end before it could be used."""
+    secret_handler(vault, "true")
+    _, task_id = vault.submit("a goal", "--handler", "work")
+    vault.ok("daemon", "--once")
+    vault.ok("handler", "pause", "work")
+    vault.ok("secret", "rotate", "shop_token", "--passphrase-file", str(vault.folder / "passphrase"), stdin=b"new")
+    vault.ok("daemon", "--once")
+    assert pending(vault) == [] and "handler_paused" in {why["code"] for why in vault.json("task", "explain", task_id)["why"]}
+    vault.ok("handler", "resume", "work")
+    vault.ok("daemon", "--once")
+    assert len(asked(vault, task_id)) == 1
+
+
 @pytest.mark.parametrize("words", [("--external", "--secret", "A=k"), ("--secret", "A=k", "--secret", "A=l", "--", "true"), ("--secret", "A", "--", "true"),
                                    ("--secret", "A=k", "--env", "A=1", "--", "true"), ("--secret", "GRACE_A=k", "--", "true")])  # fmt: skip
 def test_secrets_that_no_handler_can_have(words: tuple[str, ...], place: Place) -> None:
