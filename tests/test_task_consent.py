@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Place, alive, shell, until
+from tests.test_cli import Terminal
 from tests.test_crash import EXCLUSIVE, check_invariants, counts, kill, quiet_daemon
 
 VALUE = "canary-31b7/+=&x"
@@ -299,6 +300,23 @@ def test_one_yes_for_all_secrets_of_a_task(vault: Place) -> None:
         for group in ("user", "governance"):
             approve(vault, by_key["vip"]["consent_id"], "--as", group)
         vault.until_status(mixed, "completed")
+
+
+@pytest.mark.parametrize(("typed", "status", "left"), [("yes", 0, 0), ("no", 5, 2)])
+def test_one_word_on_a_terminal(typed: str, status: int, left: int, vault: Place) -> None:
+    """The passphrase and the word are typed once; anything but yes signs nothing."""
+    secret_handler(vault, "true", secrets=("TOKEN=shop_token", "OTHER=second"))
+    _, task_id = vault.submit("a goal", "--handler", "work")
+    vault.ok("daemon", "--once")
+    rows = asked(vault, task_id, 2)
+    terminal = Terminal(vault, "consent", "approve", rows[0]["consent_id"], columns=200)
+    terminal.until("Passphrase of")
+    terminal.type(f"{PHRASE}\n")
+    terminal.until("Type yes")
+    terminal.type(f"{typed}\n")
+    ended, text = terminal.end()
+    assert ended == status and all(row["code"] in text for row in rows) and text.count("Type yes") == text.count("Passphrase of") == 1
+    assert len(pending(vault)) == left
 
 
 def test_a_request_that_only_says_it_is_of_the_task_is_not_answered_along(vault: Place) -> None:
