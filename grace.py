@@ -546,6 +546,103 @@ def policy_text(policy: Row) -> str:
     return " & ".join(f"{g['group']}:{g['threshold']}" + (f"of{len(g['members'])}" if len(g["members"]) > 1 else "") for g in policy["all"])
 
 
+EFFECTS = ("deny", "require", "allow")  # in the order in which they are tried
+RULE_TEXTS = {"secret": 128, "service": 200, "action": 64, "by": 128}  # what a rule may name, and how long that is at most
+RULE_HOURS = r"([01][0-9]|2[0-3]):([0-5][0-9])-([01][0-9]|2[0-3]):([0-5][0-9])"
+RULE_ZONE = r"[A-Za-z0-9_+-]{1,32}(/[A-Za-z0-9_+-]{1,32}){0,2}"
+MAX_RULES, MAX_RULES_BYTES = 200, 128 << 10
+LAST_SURE_DAY = MAX_INSTANT - 2 * DAY  # later, the calendar ends before some zones' day does
+
+
+def rule_text(what: str, text: str) -> str:
+    """What a rule compares with: the exact text, or its first three or more characters and one `*` at the end; ValueError."""
+    check_text(text, f"the {what} of a rule", RULE_TEXTS[what])
+    if printable(text) != text:
+        raise ValueError(f"the {what} of a rule holds a character that nobody sees: {printable(text)[:60]}")
+    if "*" in text and not 3 <= text.index("*") == len(text) - 1:
+        raise ValueError(f"{text[:60]!r}: one * stands at the end only, after three characters or more, such as deploy-*")
+    return text
+
+
+def rule_hours(text: str) -> str:
+    """`08:00-18:00`, or past midnight `22:00-06:00`; ValueError for anything else."""
+    match = re.fullmatch(RULE_HOURS, text)
+    if not match or match.group(1, 2) == match.group(3, 4):
+        raise ValueError(f"{text[:40]!r} are no hours; write something like 08:00-18:00, or 22:00-06:00 past midnight")
+    return text
+
+
+def odd_rule(rule: Row) -> str | None:
+    """Why a rule whose fields have the right types cannot be obeyed, or None."""
+    if not NAME.fullmatch(rule["name"]) or rule["effect"] not in EFFECTS or (rule["group"] in ROLES) != (rule["effect"] == "require"):
+        return "has no proper name, effect or group"
+    if rule["risk"] not in (None, *RISK_LEVELS) or not re.fullmatch(RULE_ZONE, rule["zone"]):
+        return "names an unknown risk or zone"
+    try:
+        for what in RULE_TEXTS:
+            rule_text(what, rule[what]) if rule[what] is not None else None
+        rule_hours(rule["hours"]) if rule["hours"] is not None else None
+    except ValueError as error:
+        return str(error)
+    return "would allow everything" if rule["effect"] == "allow" and all(rule[what] is None for what in (*RULE_TEXTS, "risk", "hours")) else None
+
+
+def minute_of_day(at_ms: int, zone: str) -> int | None:
+    """The minute of the day that clocks show in a zone; None where this machine does not know the zone."""
+    import zoneinfo
+    from datetime import datetime, timezone
+
+    try:
+        local = datetime.fromtimestamp(max(DAY, min(at_ms, LAST_SURE_DAY)) // 1000, timezone.utc if zone == "UTC" else zoneinfo.ZoneInfo(zone))
+    except (KeyError, ValueError, OSError):
+        return None
+    return local.hour * 60 + local.minute
+
+
+def in_hours(rule: Row, at_ms: int) -> bool:
+    """Whether an instant lies in the hours of a rule. In an unknown zone what forbids or asks for more holds at any time, what allows never."""
+    if rule["hours"] is None:
+        return True
+    now = minute_of_day(at_ms, rule["zone"])
+    if now is None:
+        return bool(rule["effect"] != "allow")
+    a, b, c, d = (int(part) for part in re.split("[:-]", rule["hours"]))
+    start, end = a * 60 + b, c * 60 + d
+    return start <= now < end if start < end else now >= start or now < end
+
+
+def matches(rule: Row, facts: Row, at_ms: int) -> bool:
+    for what in RULE_TEXTS:
+        wanted, said = rule[what], facts[what]
+        if wanted is not None and (said is None or not (said.startswith(wanted[:-1]) if wanted.endswith("*") else said == wanted)):
+            return False
+    risky = rule["risk"] is None or RISK_LEVELS.index(facts["risk"]) >= RISK_LEVELS.index(rule["risk"])
+    return risky and in_hours(rule, at_ms)
+
+
+def in_order(rules: list[Row]) -> list[Row]:
+    """Rules as they are tried: what denies, what asks for more, what allows."""
+    return sorted(rules, key=lambda rule: EFFECTS.index(rule["effect"]))
+
+
+def decision(rules: list[Row], facts: Row, at_ms: int) -> Row:
+    """What rules say of a use (facts: secret, service, action, by, risk): its effect, the first rule that says so, the groups that must sign.
+
+    `default`, when no rule matches, and `allow` leave it to the risk: no rule lowers what that asks for."""
+    found = [rule for rule in in_order(rules) if matches(rule, facts, at_ms)]
+    first = found[0] if found else {"effect": "default", "name": None}
+    groups = {rule["group"] for rule in found if rule["effect"] == "require"} if first["effect"] == "require" else ()
+    return {"effect": first["effect"], "rule": first["name"], "requires": dict.fromkeys(sorted(groups), 1)}
+
+
+def decision_with_risk(rules: list[Row], facts: Row, at_ms: int) -> tuple[Row, str]:
+    """The decision, and the risk that it leads to: low risk for which somebody must sign is decided, and goes on, as medium."""
+    first = decision(rules, facts, at_ms)
+    if facts["risk"] != "low" or not first["requires"]:
+        return first, facts["risk"]
+    return decision(rules, {**facts, "risk": "medium"}, at_ms), "medium"
+
+
 FIELD = 2**256 + 297  # the smallest prime above 2^256: a 32-byte part is an element
 
 

@@ -296,6 +296,13 @@ CREATE TABLE secret_delegations (
   created_at INTEGER NOT NULL
 ) STRICT;
 
+-- What governance has laid down for the use of secrets: numbered sets of rules, each whole, signed, and naming the one before it.
+CREATE TABLE governance_rules (
+  number    INTEGER PRIMARY KEY CONSTRAINT rules_number CHECK (number > 0),
+  document  TEXT NOT NULL CONSTRAINT rules_document CHECK (json_valid(document)), -- canonical JSON
+  signature BLOB NOT NULL CONSTRAINT rules_signature CHECK (length(signature) = 64)
+) STRICT;
+
 -- Versions of secrets. The header says whose they are and who must take part in opening them; the seal signs both.
 CREATE TABLE secret_entries (
   seq           INTEGER PRIMARY KEY,
@@ -549,6 +556,16 @@ BEGIN
   SELECT RAISE(ABORT, 'rosters are append-only');
 END;
 
+CREATE TRIGGER rules_never_change BEFORE UPDATE ON governance_rules
+BEGIN
+  SELECT RAISE(ABORT, 'sets of rules are append-only');
+END;
+
+CREATE TRIGGER rules_never_deleted BEFORE DELETE ON governance_rules
+BEGIN
+  SELECT RAISE(ABORT, 'sets of rules are append-only');
+END;
+
 CREATE TRIGGER secret_stays BEFORE UPDATE OF secret_key, version, header, sealed_hash, signature, delegation, created_at ON secret_entries
 BEGIN
   SELECT RAISE(ABORT, 'a version of a secret never changes');
@@ -640,6 +657,12 @@ CREATE TRIGGER roster_grows_by_one BEFORE INSERT ON vault_rosters
 WHEN NEW.number IS NULL OR NEW.number <> (SELECT COALESCE(MAX(number), 0) + 1 FROM vault_rosters)
 BEGIN
   SELECT RAISE(ABORT, 'rosters grow by one at their end');
+END;
+
+CREATE TRIGGER rules_grow_by_one BEFORE INSERT ON governance_rules
+WHEN NEW.number IS NULL OR NEW.number <> (SELECT COALESCE(MAX(number), 0) + 1 FROM governance_rules)
+BEGIN
+  SELECT RAISE(ABORT, 'sets of rules grow by one at their end');
 END;
 
 CREATE TRIGGER secret_never_replaced BEFORE INSERT ON secret_entries

@@ -55,8 +55,8 @@ GRANT = "INSERT INTO consent_grants (consent_id, group_name, approver, document,
         "VALUES ('pending', 'user', 'a', '{}', x'00', 'h', zeroblob(64), 1)"  # fmt: skip
 LEAF = "INSERT INTO audit_log VALUES ({seq}, '{{}}', hex(zeroblob(32)))"
 VAULT = ";".join([LEAF.format(seq=1), LEAF.format(seq=2), "INSERT INTO audit_anchors VALUES (1, '{}', zeroblob(64))",
-                  "INSERT INTO vault_rosters VALUES (1, '{}', zeroblob(64))", ENTRY.format(key="key", version=1),
-                  "INSERT INTO secret_delegations VALUES (1, 'key', '{}', zeroblob(64), x'00', 1)",
+                  "INSERT INTO vault_rosters VALUES (1, '{}', zeroblob(64))", "INSERT INTO governance_rules VALUES (1, '{}', zeroblob(64))",
+                  ENTRY.format(key="key", version=1), "INSERT INTO secret_delegations VALUES (1, 'key', '{}', zeroblob(64), x'00', 1)",
                   "INSERT INTO secret_shares VALUES (1, 'key', 1, 'user', 'm', 1, x'00')",
                   CONSENT.format(id="pending", status="pending", used=0), GRANT])  # fmt: skip
 
@@ -203,6 +203,9 @@ CHECKS = {
     "audit_hash": LEAF.format(seq=3).replace("(32)", "(31)"),
     "anchor_document": "INSERT INTO audit_anchors VALUES (2, '{', zeroblob(64))",
     "anchor_signature": "INSERT INTO audit_anchors VALUES (2, '{}', zeroblob(63))",
+    "rules_number": "DROP TRIGGER rules_grow_by_one; INSERT INTO governance_rules VALUES (0, '{}', zeroblob(64))",
+    "rules_document": "INSERT INTO governance_rules VALUES (2, '{', zeroblob(64))",
+    "rules_signature": "INSERT INTO governance_rules VALUES (2, '{}', zeroblob(65))",
     "roster_number": "DROP TRIGGER roster_grows_by_one; INSERT INTO vault_rosters VALUES (0, '{}', zeroblob(64))",
     "roster_document": "INSERT INTO vault_rosters VALUES (2, '{', zeroblob(64))",
     "roster_signature": "INSERT INTO vault_rosters VALUES (2, '{}', zeroblob(65))",
@@ -273,6 +276,9 @@ REFUSING = {  # trigger -> (what it refuses, its words)
     "anchor_never_changes": ("UPDATE audit_anchors SET document = '{\"a\":1}'", "append-only"),
     "anchor_never_deleted": ("DELETE FROM audit_anchors", "append-only"),
     "anchor_never_replaced": ("REPLACE INTO audit_anchors VALUES (1, '{\"a\":1}', zeroblob(64))", "append-only"),
+    "rules_never_change": ("UPDATE governance_rules SET document = '{\"a\":1}'", "append-only"),
+    "rules_never_deleted": ("DELETE FROM governance_rules", "append-only"),
+    "rules_grow_by_one": ("REPLACE INTO governance_rules VALUES (1, '{\"a\":1}', zeroblob(64))", "grow by one at their end"),
     "roster_never_changes": ("UPDATE vault_rosters SET document = '{\"a\":1}'", "append-only"),
     "roster_never_deleted": ("DELETE FROM vault_rosters", "append-only"),
     "roster_grows_by_one": ("REPLACE INTO vault_rosters VALUES (1, '{\"a\":1}', zeroblob(64))", "grow by one at their end"),
@@ -383,7 +389,8 @@ def test_history_is_not_rewritten_by_replacing_its_rows(db: Path, table: str, wh
     *(("consent_grants", name, value) for name, value in (("consent_id", "'x'"), ("group_name", "'governance'"), ("approver", "'x'"), ("document", "'[]'"),
                                                           ("wrap_hash", "NULL"))),
     ("audit_log", "hash", "hex(randomblob(32))"), ("audit_log", "seq", "seq + 10"), ("audit_anchors", "signature", "randomblob(64)"),
-    ("vault_rosters", "number", "2"), ("vault_rosters", "signature", "randomblob(64)")])  # fmt: skip
+    ("vault_rosters", "number", "2"), ("vault_rosters", "signature", "randomblob(64)"),
+    ("governance_rules", "number", "2"), ("governance_rules", "signature", "randomblob(64)")])  # fmt: skip
 def test_nothing_that_was_signed_or_asked_changes(db: Path, table: str, column: str, value: str) -> None:
     """Each column that a signature or a decision rests on."""
     assert re.search("never changes|append-only", refusal(db, f"UPDATE {table} SET {column} = {value}"))
