@@ -1741,6 +1741,9 @@ SECRET_KEY = r"[A-Za-z0-9_.-]{1,128}"
 GET_VAULT = "SELECT value FROM settings WHERE name = '_vault_id'"
 ROSTERS = "SELECT number, document, signature FROM vault_rosters ORDER BY number"
 PUT_ROSTER = "INSERT INTO vault_rosters (number, document, signature) VALUES (:number, :document, :signature)"
+RULE_SETS = "SELECT number, document, signature FROM governance_rules ORDER BY number"
+RULE_SETS_NEWEST = "SELECT number, document, signature FROM governance_rules ORDER BY number DESC LIMIT :n"
+PUT_RULES = "INSERT INTO governance_rules (number, document, signature) VALUES (:number, :document, :signature)"
 PUT_ANCHOR = "INSERT INTO audit_anchors (document, signature) VALUES (:document, :signature)"
 NEWEST_VERSION = "SELECT * FROM secret_entries WHERE secret_key = :key ORDER BY version DESC LIMIT 1"
 GET_VERSION = "SELECT * FROM secret_entries WHERE secret_key = :key AND version = :version"
@@ -1776,11 +1779,29 @@ class RefusedError(DeniedError):
         self.cause = cause
 
 
+class RuledOutError(DeniedError):
+    """A rule of governance forbids what was asked for; `told` is the decision as the log takes it."""
+
+    def __init__(self, told: Row):
+        super().__init__(f"the rule {told['rule']} forbids this use of {told['secret_key']}", "see the rules: grace policy list")
+        self.told = told
+
+
+def record_decision(tx: Tx, subject: str, told: Row) -> None:
+    """What the rules of governance have decided, on the bus and in the log."""
+    emit(tx, "governance.decision", subject, told)
+    record(tx, "governance.decision", subject, told)
+
+
 @contextlib.contextmanager
 def refusals(store: Store, subject: str, plain: bool) -> Iterator[None]:
-    """What does not verify ends here: its exact cause goes into the audit log; a requester (`plain`) is not told it."""
+    """What does not verify ends here: its exact cause goes into the audit log; a requester (`plain`) is not told it. So does what a rule forbids."""
     try:
         yield
+    except RuledOutError as denial:
+        told = denial.told
+        store.write(lambda tx: record_decision(tx, told["secret_key"], told))
+        raise
     except WrongPassphraseError:
         store.write(lambda tx: record(tx, "approver.refused", subject, {"cause": "a wrong passphrase", "uid": os.geteuid()}))
         raise
@@ -1990,7 +2011,7 @@ def folder_lock(folder: str) -> Iterator[None]:
 
 
 class Seen:
-    """What one key's owner has seen: the highest roster, versions and audit head. It only ever grows.
+    """What one key's owner has seen: the highest roster, set of rules, versions and audit head. It only ever grows.
 
     Authenticated with a key that only the owner has, so that an older state of the database can be told."""
 
@@ -2000,6 +2021,7 @@ class Seen:
         self._frame = {"format": SEEN_FILE, "vault_id": vault_id, "name": name}
         self.roster: tuple[int, str] = (0, "")
         self.audit: tuple[int, str] = NO_HEAD
+        self.rules: tuple[int, str] = (0, "")
         self.secrets: dict[str, list[Any]] = {}  # key -> [version, hash of its header, whether an approver had sealed it]
 
     @classmethod
@@ -2010,10 +2032,11 @@ class Seen:
         return seen
 
     @classmethod
-    def begin(cls, path: str, vault_id: str, name: str, key: bytes, roster: tuple[int, str], audit: tuple[int, str] = NO_HEAD) -> Seen:
+    def begin(cls, path: str, vault_id: str, name: str, key: bytes, roster: tuple[int, str], audit: tuple[int, str] = NO_HEAD,
+              rules: tuple[int, str] = (0, "")) -> Seen:  # fmt: skip
         """A new record."""
         seen = cls(path, vault_id, name, key)
-        seen.roster, seen.audit = roster, audit
+        seen.roster, seen.audit, seen.rules = roster, audit, rules
         seen.save()
         return seen
 
@@ -2023,23 +2046,28 @@ class Seen:
             raise DeniedError(f"{self.path} belongs to another vault or key")
         data = json.loads(decrypted(self.key, from_b64(document.get("data"), "the record"), self._bound))
         self.roster, self.audit, self.secrets = tuple(data["roster"]), tuple(data["audit"]), data["secrets"]
+        self.rules = tuple(data.get("rules", (0, "")))  # a record from before there were rules has none
+
+    def _data(self) -> bytes:
+        return canonical({"roster": list(self.roster), "audit": list(self.audit), "rules": list(self.rules), "secrets": self.secrets})
 
     def save(self) -> None:
-        data = {"roster": list(self.roster), "audit": list(self.audit), "secrets": self.secrets}
-        write_private(self.path, {**self._frame, "data": b64(encrypted(self.key, canonical(data), self._bound))})
+        write_private(self.path, {**self._frame, "data": b64(encrypted(self.key, self._data(), self._bound))})
 
-    def learn(self, roster: tuple[int, str] | None = None, audit: tuple[int, str] | None = None, header: Row | None = None, machine: str = "") -> None:
+    def learn(self, roster: tuple[int, str] | None = None, audit: tuple[int, str] | None = None, header: Row | None = None, machine: str = "",
+              rules: tuple[int, str] | None = None) -> None:  # fmt: skip
         """Remember what is newer than what was seen, whoever else is writing."""
         with folder_lock(os.path.dirname(self.path)):
             self.load()
-            before = canonical([list(self.roster), list(self.audit), self.secrets])
+            before = self._data()
             self.roster = max(self.roster, roster or self.roster)
             self.audit = max(self.audit, audit or self.audit)
+            self.rules = max(self.rules, rules or self.rules)
             if header:
                 known = self.secrets.get(header["key"], [0, "", False])
                 if header["version"] > known[0]:
                     self.secrets[header["key"]] = [header["version"], hash_of("header", header), known[2] or header["owner"] != machine]
-            if canonical([list(self.roster), list(self.audit), self.secrets]) != before:
+            if self._data() != before:
                 self._save_if_possible()
 
     def _save_if_possible(self) -> None:
@@ -2049,11 +2077,11 @@ class Seen:
         except OSError as error:
             sys.stderr.write(f"grace: what was seen could not be written to {self.path}: {error.strerror}\n")
 
-    def accept(self, roster: tuple[int, str], audit: tuple[int, str], headers: dict[str, Row], machine: str) -> None:
+    def accept(self, roster: tuple[int, str], audit: tuple[int, str], headers: dict[str, Row], machine: str, rules: tuple[int, str]) -> None:
         """Take the database as it is for what was seen: after a restored copy, and only when its owner says so."""
         with folder_lock(os.path.dirname(self.path)):
             self.load()
-            self.roster, self.audit = roster, audit
+            self.roster, self.audit, self.rules = roster, audit, rules
             self.secrets = {key: [0, "", owned] for key, (_, _, owned) in self.secrets.items()}
             for key, header in headers.items():
                 owned = self.secrets.get(key, [0, "", False])[2] or header["owner"] != machine
@@ -2202,6 +2230,77 @@ def put_roster(tx: Tx, roster: Row, keys: Keys) -> None:
            signature=keys.sign(statement("roster-signature", hash_of("roster", roster))))  # fmt: skip
 
 
+# ---- the rules of governance
+
+
+NO_RULES: Row = {"number": 0, "signer": None, "created": None, "rules": []}
+
+
+def rules_of(text: str, vault_id: str) -> Row:
+    """A set of rules that can be obeyed; RefusedError for anything else."""
+    try:
+        found = shaped(parse_canonical(text), RULES_SHAPE, "a set of rules")
+    except ValueError as error:
+        raise RefusedError(f"a set of rules {error}") from None
+    if found["format"] != "grace-rules/1" or found["vault_id"] != vault_id:
+        raise RefusedError(f"the set of rules {found['number']} belongs to another vault")
+    names = [shaped(rule, RULE_SHAPE, "a rule")["name"] for rule in found["rules"]]
+    if len(set(names)) != len(names) or len(names) > MAX_RULES:
+        raise RefusedError(f"the set of rules {found['number']} holds a name twice, or too many rules")
+    for rule in found["rules"]:
+        if problem := odd_rule(rule):
+            raise RefusedError(f"the rule {printable(rule['name'])} {problem}")
+    return found
+
+
+def rules_until(rows: list[Row], vault_id: str, rosters: list[Row], seen: tuple[int, str] | None, whole: bool = True) -> Row:
+    """The newest set of rules, each signed by an approver with the role governance and naming the one before; NO_RULES, RefusedError.
+
+    `seen` is the newest number and hash known to whoever asks, None when he accepts any; without `whole` the first sets may be left out."""
+    people = {fingerprint(person): person for roster in rosters for person in roster["approvers"]}
+    newest, this = NO_RULES, ""
+    for row in rows:
+        found, last = rules_of(row["document"], vault_id), this
+        number, this = found["number"], hash_of("rules", found)
+        follows = newest["number"] + 1 if newest["number"] or whole else number
+        if not follows == number == row["number"] > 0:
+            raise RefusedError(f"the set of rules {follows} is missing")
+        if (last or number == 1) and found["previous"] != (last or None):
+            raise RefusedError(f"the set of rules {number} does not follow the one before it")
+        signer = people.get(found["signer"], {"roles": ()})
+        if "governance" not in signer["roles"] or not signed_by(signer, bytes(row["signature"]), statement("rules-signature", this)):
+            raise RefusedError(f"the set of rules {number} is not signed by an approver with the role governance")
+        if seen is not None and number == seen[0] and this != seen[1]:
+            raise RefusedError(f"rolled back: the set of rules {number} is another one than the one seen before")
+        newest = found
+    if seen is not None and newest["number"] < seen[0]:
+        raise RefusedError("rolled back: a newer set of rules was seen before")
+    if seen is not None and newest["number"] > seen[0] and people[newest["signer"]]["removed"] is not None:
+        raise RefusedError("the newest set of rules is signed by somebody who is not an approver any more",
+                           "let an approver with the role governance sign another one: grace policy add, or grace policy remove")  # fmt: skip
+    return newest
+
+
+def rules_mark(rules: Row) -> tuple[int, str]:
+    """What is remembered of a verified set."""
+    return (rules["number"], hash_of("rules", rules)) if rules["number"] else (0, "")
+
+
+def put_rules(tx: Tx, before: Row, rules: list[Row], signer: Approver, kind: str, name: str) -> Row:
+    """The next set of rules, signed and anchored, with its leaf. ConflictError when somebody was faster."""
+    if (tx.value("SELECT MAX(number) AS n FROM governance_rules") or 0) != before["number"]:
+        raise ConflictError("the rules were changed meanwhile", "try again")
+    made = {"format": "grace-rules/1", "vault_id": signer.vault_id, "number": before["number"] + 1, "previous": rules_mark(before)[1] or None,
+            "created": tx.now, "signer": signer.keys.fingerprint, "rules": rules}  # fmt: skip
+    this, text = hash_of("rules", made), canonical(made).decode()
+    if len(rules) > MAX_RULES or len(text) > MAX_RULES_BYTES:
+        raise ConflictError(f"the rules would be too many: at most {MAX_RULES}, and {MAX_RULES_BYTES >> 10} KiB of text", "remove some: grace policy remove")
+    tx.run(PUT_RULES, number=made["number"], document=text, signature=signer.keys.sign(statement("rules-signature", this)))
+    record(tx, "policy.changed", name, {"by": signer.name, "change": kind, "rules": this, "number": made["number"]})
+    anchor(tx, signer)
+    return made
+
+
 class Vault:
     """An open database's vault: its id, this machine's keys and what they have seen, and the roster that holds.
 
@@ -2234,6 +2333,7 @@ class Vault:
         self.older = number > len(self.rosters) or (number > 0 and hash_of("roster", self.rosters[number - 1]) != known)
         if not self.older:
             self.seen.learn(roster=self.roster_mark)
+        self._rules: tuple[Any, Row] = (None, NO_RULES)
 
     @property
     def roster_mark(self) -> tuple[int, str]:
@@ -2245,7 +2345,21 @@ class Vault:
 
     def learn_head(self, header: Row | None = None) -> None:
         if not self.rolled_back(self.store):
-            self.seen.learn(audit=audit_head(self.store), header=header, machine=self.machine.fingerprint)
+            self.seen.learn(None, audit_head(self.store), header, self.machine.fingerprint, self.known_rules())
+
+    def rules(self, reader: Reader) -> Row:
+        """The newest set of governance rules; RefusedError when one does not verify, or a newer one was seen."""
+        known = reader.all(RULE_SETS), self.seen.rules
+        if known != self._rules[0]:
+            self._rules = known, rules_until(known[0], self.id, self.rosters, known[1])
+        return self._rules[1]
+
+    def known_rules(self) -> tuple[int, str]:
+        """What there is to be remembered of the rules: nothing new when they do not verify."""
+        try:
+            return rules_mark(self.rules(self.store))
+        except RefusedError:
+            return self.seen.rules
 
     def current(self, reader: Reader, key: str) -> tuple[Row, Row]:
         """The newest version of a secret and its verified header; NotFoundError, RefusedError."""
@@ -2294,6 +2408,11 @@ HEADER_SHAPE: Fields = {
     "action_risks": (dict,), "owner": TEXT, "created": NUMBER, "suite": TEXT, "commitment": TEXT, "same_person": (bool,), "allow_standing": (bool,),
     "expires": MAYBE_NUMBER, "rotate_every": MAYBE_NUMBER, "rotate_with": MAYBE_TEXT, "policy": (dict,),
 }  # fmt: skip
+
+
+RULES_SHAPE: Fields = {"format": TEXT, "vault_id": TEXT, "number": NUMBER, "previous": MAYBE_TEXT, "created": NUMBER, "signer": TEXT, "rules": (list,)}
+RULE_SHAPE: Fields = {"name": TEXT, "effect": TEXT, "group": MAYBE_TEXT, "secret": MAYBE_TEXT, "service": MAYBE_TEXT, "action": MAYBE_TEXT, "by": MAYBE_TEXT,
+                      "risk": MAYBE_TEXT, "hours": MAYBE_TEXT, "zone": TEXT}  # fmt: skip
 
 
 def fitting(header: Row) -> Row:
@@ -2627,8 +2746,8 @@ class Approver:
             raise DeniedError(f"{self.name} is not an approver any more")
         return self
 
-    def learn(self, audit: tuple[int, str] | None, header: Row | None = None) -> None:
-        self.seen.learn((self.roster["number"], hash_of("roster", self.roster)), audit, header, fingerprint(self.roster["machine"]))
+    def learn(self, audit: tuple[int, str] | None, header: Row | None = None, rules: tuple[int, str] | None = None) -> None:
+        self.seen.learn((self.roster["number"], hash_of("roster", self.roster)), audit, header, fingerprint(self.roster["machine"]), rules)
 
 
 def anchor(tx: Tx, approver: Approver) -> None:
@@ -2778,7 +2897,7 @@ LONGEST_STANDING = 366 * DAY
 REQUEST_SHAPE: Fields = {
     "format": TEXT, "vault_id": TEXT, "consent_id": TEXT, "key": TEXT, "version": NUMBER, "header": TEXT, "sealed": TEXT, "mode": TEXT,
     "ephemeral": (dict, type(None)), "claimed": (dict,), "reported": (dict,), "risk": TEXT, "user": MAYBE_TEXT, "created": NUMBER, "answer_by": NUMBER,
-    "grant_for": NUMBER, "nonce": TEXT,
+    "grant_for": NUMBER, "nonce": TEXT, "requires": (dict,),
 }  # fmt: skip
 STANDING_SHAPE: Fields = {**REQUEST_SHAPE, "standing": (dict,)}
 TERMS_SHAPE: Fields = {"uses": MAYBE_NUMBER, "action": TEXT, "by": TEXT, "follow": (bool,), "template": MAYBE_TEXT, "origin": MAYBE_TEXT}
@@ -2790,13 +2909,15 @@ GRANT_SHAPE: Fields = {
 }  # fmt: skip
 CASE_SHAPE: Fields = {
     "format": TEXT, "consent_id": TEXT, "request": TEXT, "header": TEXT, "sealed": TEXT, "seal": TEXT, "delegation": (dict, type(None)),
-    "before": (list,), "leaf": TEXT, "rosters": (list,), "shares": (list,), "grants": (list,), "earlier": (dict,),
+    "before": (list,), "leaf": TEXT, "rosters": (list,), "rules": (list,), "shares": (list,), "grants": (list,), "earlier": (dict,),
 }  # fmt: skip
 CASE_PARTS: dict[str, Fields] = {
     "before": {"header": TEXT, "sealed": TEXT, "seal": TEXT, "delegation": (dict, type(None))},
-    "rosters": {"number": NUMBER, "document": TEXT, "signature": TEXT}, "shares": {"group": TEXT, "member": TEXT, "index": NUMBER, "wrap": TEXT},
+    "rosters": {"number": NUMBER, "document": TEXT, "signature": TEXT}, "rules": {"number": NUMBER, "document": TEXT, "signature": TEXT},
+    "shares": {"group": TEXT, "member": TEXT, "index": NUMBER, "wrap": TEXT},
     "grants": {"document": TEXT, "signature": TEXT, "wrap_hash": MAYBE_TEXT},
 }  # fmt: skip
+RULES_CARRIED, RULES_CARRIED_BYTES = 50, MAX_RULES_BYTES  # to an approver elsewhere, the newest first
 EXPORT_ANEW = "export it anew: grace consent export ID"
 SIGNED_SHAPE: Fields = {"document": TEXT, "wrap": MAYBE_TEXT, "signature": TEXT}
 
@@ -2809,17 +2930,17 @@ class NeedlessError(ConflictError):
     """A task does not wait for this any more, or somebody has asked for it already."""
 
 
-def required_groups(header: Row, risk: str) -> dict[str, int]:
-    """How many of each group must sign: as the header's policy says, and what the risk asks for besides."""
+def required_groups(header: Row, request: Row) -> dict[str, int]:
+    """How many of each group must sign: as the header's policy says, and what the risk and the rules ask for besides."""
     needed = {group["group"]: group["threshold"] for group in header["policy"]["all"] if group["group"] != "machine"}
-    return {**dict.fromkeys(RISK_NEEDS[risk], 1), **needed}
+    return {**dict.fromkeys(RISK_NEEDS[request["risk"]], 1), **request["requires"], **needed}
 
 
 def may_sign(header: Row, request: Row, roster: Row, group: str) -> list[str]:
     """The fingerprints of those whose signature counts for a group of this request."""
     candidates = holders(header, group) or members_of(roster, group)
     here = {fingerprint(person): person["name"] for person in active(roster)}
-    if group == "user" and request["user"] and required_groups(header, request["risk"])[group] == 1:
+    if group == "user" and request["user"] and required_groups(header, request)[group] == 1:
         candidates = [member for member in candidates if member == request["user"]]
     return [member for member in candidates if member in here and here[member].lower() != request["claimed"]["by"].lower()]
 
@@ -2840,12 +2961,16 @@ def request_of(text: str) -> Row:
             raise RefusedError("a standing request has odd terms")
     if request["risk"] not in RISK_LEVELS or (request["ephemeral"] is None) != (request["risk"] == "low"):
         raise RefusedError("a request has no known risk, or no key to answer to")
+    if not set(request["requires"]) <= set(ROLES) or any(type(n) is not int or n != 1 for n in request["requires"].values()) \
+            or (request["requires"] and request["risk"] == "low"):  # fmt: skip
+        raise RefusedError("a request asks for odd signatures")
     if request["ephemeral"] is not None:
         shaped(request["ephemeral"], PUBLIC_SHAPE, "a request")
     return request
 
 
-NO_REQUEST: Row = {"claimed": {"by": "?", "for": "?", "action": "?", "user": None, "context": "{}"}, "reported": {}, "risk": "critical", "user": None}
+NO_REQUEST: Row = {"claimed": {"by": "?", "for": "?", "action": "?", "user": None, "context": "{}"}, "reported": {}, "risk": "critical", "user": None,
+                   "requires": {}}  # fmt: skip
 
 
 def listed_request(row: Row) -> Row:
@@ -2920,7 +3045,7 @@ def checked_grant(header: Row, request: Row, roster: Row, row: Row) -> Row:
     grant = grant_of(row["document"])
     if grant["format"] != "grace-grant/1" or grant["request"] != hash_of("request", request):
         raise RefusedError("a grant belongs to another request")
-    if (grant["mode"], grant["max_uses"]) != (request["mode"], uses_of(request)) or grant["group"] not in required_groups(header, request["risk"]):
+    if (grant["mode"], grant["max_uses"]) != (request["mode"], uses_of(request)) or grant["group"] not in required_groups(header, request):
         raise RefusedError("a grant says something else than was asked for")
     if (row.get("group_name", grant["group"]), row.get("approver", grant["approver"])) != (grant["group"], grant["approver"]):
         raise RefusedError("a grant is filed under another group or approver")
@@ -2948,7 +3073,7 @@ def checked_grants(header: Row, request: Row, roster: Row, rows: list[Row]) -> l
 
 
 def missing_groups(header: Row, request: Row, grants: list[Row]) -> list[str]:
-    return [group for group, threshold in required_groups(header, request["risk"]).items() if sum(g["group"] == group for g in grants) < threshold]
+    return [group for group, threshold in required_groups(header, request).items() if sum(g["group"] == group for g in grants) < threshold]
 
 
 ENDS = {"secret.used": "used", "consent.denied": "denied", "consent.revoked": "revoked", "consent.expired": "expired"}
@@ -2982,6 +3107,54 @@ def story_after(reader: Reader, row: Row) -> Iterator[Row]:
             raise RefusedError(f"the log is broken: {odd_leaf(other, size, head) or f'leaf {size + 1} has not the shape of one'}")
         size, head = other["seq"], other["hash"]
         yield leaf
+
+
+# ---- rules
+
+
+def rule_facts(header: Row, claimed: Row, risk: str) -> Row:
+    """What the rules are asked about a request."""
+    return {"secret": header["key"], "service": header["service"], "action": claimed["action"], "by": claimed["by"], "risk": risk}
+
+
+def told_decision(rules: Row, header: Row, claimed: Row, risk: str, at_ms: int) -> Row:
+    """What a set of rules says of a request, as events and leaves tell it, with the risk that it leads to."""
+    said, leads_to = decision_with_risk(rules["rules"], rule_facts(header, claimed, risk), at_ms)
+    return {"consent_id": None, "secret_key": header["key"], "action": claimed["action"], "requested_by": claimed["by"], "risk_level": leads_to, **said,
+            "number": rules["number"]}  # fmt: skip
+
+
+def rule_on(tx: Tx, vault: Vault, header: Row, claimed: Row, risk: str) -> Row:
+    """What the rules say of a request that is about to be filed; RuledOutError when they forbid it.
+
+    Where they do not verify nothing above low risk is filed, RefusedError; low stays open, as after anything that was rolled back."""
+    try:
+        rules = vault.rules(tx)
+    except RefusedError:
+        if risk != "low":
+            raise
+        rules = NO_RULES
+    told = told_decision(rules, header, claimed, risk, tx.now)
+    if told["effect"] == "deny":
+        raise RuledOutError(told)
+    return told
+
+
+def put_decision(tx: Tx, request: Row, told: Row) -> None:
+    """Record what a rule has decided of a request that was filed; where none matched there is nothing to record."""
+    if told["effect"] != "default":
+        record_decision(tx, request["consent_id"], {**told, "consent_id": request["consent_id"]})
+
+
+def ruled_out(rules: Row, header: Row, request: Row, at_ms: int, standing: Row | None = None) -> str | None:
+    """Why the rules stop a request that was filed, or None: they forbid it, or want signatures that it (or the standing one behind it) does not ask for."""
+    told = told_decision(rules, header, request["claimed"], request["risk"], at_ms)
+    if told["effect"] == "deny":
+        return f"the rule {told['rule']} forbids this use of {header['key']}"
+    for asked in (request, standing or request):
+        if missing := set(told["requires"]) - set(required_groups(header, asked)):
+            return f"the rules were changed after this was asked for, or their hours began: {' and '.join(sorted(missing))} would have to sign, too"
+    return None
 
 
 # ---- asking
@@ -3023,25 +3196,34 @@ class Asking:
         self.entry, self.header = vault.current(vault.store, spec["key"])
         if spec.get("service") and spec["service"] != self.header["service"]:
             raise NotFoundError(f"{spec['key']} belongs to the service {self.header['service'] or '-'}, not to {spec['service']}")
-        self.risk = highest_risk(self.header["risk"], self.header["action_risks"].get(spec["action"]), spec["risk"])
+        self.risk = "critical"  # until the rules were asked
+        self.keys: Keys | None = None
         if self.header["expires"] is not None and clock() >= self.header["expires"]:
             raise DeniedError(f"{spec['key']} has expired", f"store a new value: grace secret rotate {spec['key']}")
-        if self.risk == "low" and spec["hidden"]:
-            raise UsageError("a value inside --json is only shown with --reveal")
-        if self.risk == "critical" and spec["mode"] != "once":
-            raise UsageError("a critical use needs a process that waits for it", "leave --no-wait out")
-        if self.risk != "low" and vault.rolled_back(vault.store):
-            raise RefusedError("rolled back: the audit log is not the one that this machine has seen")
-        self.keys = Keys.new() if self.risk != "low" else None
         self.consent_id = ""
         self.request: Row = {}
-        self.answered = self.risk == "low"  # nobody has to be asked
+        self.answered = False
         self.opened: bytes | None = None
         vault.store.write(self._file)
         vault.learn_head(self.header)
         if self.risk == "low" and not self.for_task:
             shares = own_shares(vault.machine, self.entry, self.header, vault.store.all(SHARES_OF, key=spec["key"], version=self.header["version"]))
             self.opened = open_value(self.header, bytes(self.entry["sealed"]), shares)
+
+    def _decide(self, tx: Tx, claimed: Row) -> Row:
+        """What the rules say, and with it the risk, which says how this request is filed."""
+        spec, header = self.spec, self.header
+        told = rule_on(tx, self.vault, header, claimed, highest_risk(header["risk"], header["action_risks"].get(spec["action"]), spec["risk"]))
+        self.risk = told["risk_level"]
+        if self.risk != "low" and self.vault.rolled_back(tx):
+            raise RefusedError("rolled back: the audit log is not the one that this machine has seen")
+        if self.risk == "low" and spec["hidden"]:
+            raise UsageError("a value inside --json is only shown with --reveal")
+        if self.risk == "critical" and spec["mode"] != "once":
+            raise UsageError("a critical use needs a process that waits for it", "leave --no-wait out")
+        self.keys = Keys.new() if self.risk != "low" else None
+        self.answered = self.risk == "low"  # nobody has to be asked
+        return told
 
     def _file(self, tx: Tx) -> None:
         spec, header, reported = self.spec, self.header, self.spec["reported"]
@@ -3052,17 +3234,19 @@ class Asking:
             refuse_needless(tx, reported["task"], header["key"], spec["action"])
         self.consent_id = new_id("consent", tx.now)
         claimed = {"by": spec["by"], "for": spec["purpose"], "action": spec["action"], "user": spec["user"], "context": spec["context"]}
+        told = self._decide(tx, claimed)
         self.request = {
             "format": "grace-request/1", "vault_id": self.vault.id, "consent_id": self.consent_id, "key": header["key"], "version": header["version"],
             "header": hash_of("header", header), "sealed": sha256(bytes(entry["sealed"])), "mode": spec["mode"],
             "ephemeral": self.keys.public if self.keys else None, "claimed": claimed, "reported": reported, "risk": self.risk,
             "user": choose_user(self.vault.roster, header, spec["user"], spec["login"]), "created": tx.now, "answer_by": tx.now + spec["timeout_ms"],
-            "grant_for": setting(tx, "consent.grant_for"), "nonce": os.urandom(16).hex(),
+            "grant_for": setting(tx, "consent.grant_for"), "nonce": os.urandom(16).hex(), "requires": told["requires"],
         }  # fmt: skip
         standing = standing_for(tx, self.request) if self.risk != "low" else None
         if self.risk != "low" and standing is None:
             refuse_floods(tx, requester_of(self.request))
         put_request(tx, self.request, header, self._kept_key(), standing)
+        put_decision(tx, self.request, told)
         if self.risk == "low":
             approve_low(tx, self.consent_id, self.request, self.for_task)
         elif standing is not None:
@@ -3115,6 +3299,7 @@ def covers(standing: Row, request: Row) -> bool:
     """Whether a standing request, once approved, speaks for this one: the same secret, user and user id, an action and a requester that fit."""
     asked = request["claimed"]
     same = (standing["key"], standing["user"], standing["reported"].get("uid")) == (request["key"], request["user"], request["reported"].get("uid"))
+    same = same and {*request["requires"]} <= {*standing["requires"], *RISK_NEEDS[standing["risk"]]}
     alike = fits(standing, "action", asked["action"]) and fits(standing, "by", asked["by"])
     return same and alike and RISK_LEVELS.index(request["risk"]) <= RISK_LEVELS.index(standing["risk"])
 
@@ -3152,7 +3337,8 @@ def file_standing(tx: Tx, vault: Vault, spec: Row) -> Row:
     `spec`: key, claimed, reported, risk, user, timeout_ms, grant_for (ms), the terms, and `limited` where a requester files it
     himself. UsageError where there can be none."""
     entry, header = vault.current(tx, spec["key"])
-    risk = highest_risk(header["risk"], header["action_risks"].get(spec["claimed"]["action"]), spec["risk"])
+    told = rule_on(tx, vault, header, spec["claimed"], highest_risk(header["risk"], header["action_risks"].get(spec["claimed"]["action"]), spec["risk"]))
+    risk = told["risk_level"]
     if problem := no_standing(header, risk, spec["terms"]["template"] is not None):
         raise UsageError(problem)
     if spec.get("limited"):
@@ -3162,9 +3348,10 @@ def file_standing(tx: Tx, vault: Vault, spec: Row) -> Row:
         "header": hash_of("header", header), "sealed": entry["sealed_hash"], "mode": "standing", "ephemeral": vault.machine.public,
         "claimed": spec["claimed"], "reported": spec["reported"], "risk": risk, "user": spec["user"], "created": tx.now,
         "answer_by": tx.now + spec["timeout_ms"], "grant_for": min(spec["grant_for"], LONGEST_STANDING), "nonce": os.urandom(16).hex(),
-        "standing": spec["terms"],
+        "requires": told["requires"], "standing": spec["terms"],
     }  # fmt: skip
     put_request(tx, request, header, None)
+    put_decision(tx, request, told)
     return get_consent(tx, request["consent_id"])
 
 
@@ -3324,12 +3511,23 @@ def build_case(tx: Tx, consent_id: str, who: str, member: str | None = None) -> 
         "sealed": sha256(bytes(entry["sealed"])), "seal": b64(bytes(entry["signature"])), "leaf": leaf,
         "delegation": carried_delegation(tx, entry), "before": past_versions(tx, {"key": row["secret_key"], "version": row["secret_version"]}),
         "rosters": [{"number": r["number"], "document": r["document"], "signature": b64(bytes(r["signature"]))} for r in tx.all(ROSTERS)],
+        "rules": carried_rules(tx),
         "shares": [{"group": s["group_name"], "member": s["member"], "index": s["share_index"], "wrap": b64(bytes(s["wrap"]))}
                    for s in tx.all(SHARES_OF, key=row["secret_key"], version=row["secret_version"]) if member in (None, s["member"])],
         "grants": [{"document": g["document"], "signature": b64(bytes(g["signature"])), "wrap_hash": g["wrap_hash"]}
                    for g in tx.all(GRANTS_OF, id=row["consent_id"])],
         "earlier": {r["status"]: r["n"] for r in tx.all(EARLIER, key=row["secret_key"], by=claimed["by"], id=row["consent_id"])},
     }  # fmt: skip
+
+
+def carried_rules(tx: Tx) -> list[Row]:
+    """The newest sets of rules, oldest first, for an approver who has his own memory of them."""
+    carried: list[Row] = []
+    for row in tx.all(RULE_SETS_NEWEST, n=RULES_CARRIED):
+        if carried and sum(len(known["document"]) for known in carried) + len(row["document"]) > RULES_CARRIED_BYTES:
+            break
+        carried.append({"number": row["number"], "document": row["document"], "signature": b64(bytes(row["signature"]))})
+    return carried[::-1]
 
 
 def wrap_hash(wrap: bytes | None) -> str | None:
@@ -3371,6 +3569,10 @@ class Review:
         self.request = checked_request(case["request"], self.header, case["sealed"], approver.vault_id)
         if self.request["consent_id"] != case["consent_id"]:
             raise RefusedError("the request belongs to another consent")
+        sets = [{**row, "signature": from_b64(row["signature"], "a signature")} for row in case["rules"]]
+        self.rules = rules_until(sets, approver.vault_id, approver.rosters, approver.seen.rules, whole=False)
+        if problem := ruled_out(self.rules, self.header, self.request, self.request["created"]):
+            raise RefusedError(problem)
         self.audit = self._place_in_log()
         if self.audit[0] < approver.seen.audit[0] or (self.audit[0] == approver.seen.audit[0] and self.audit != approver.seen.audit):
             raise RefusedError("rolled back: the audit log is not the one seen before", f"if it was only exported too long ago, {EXPORT_ANEW}")
@@ -3405,7 +3607,7 @@ class Review:
             raise DeniedError(f"{self.approver.name} asked for this and may not approve it", "another approver has to")
         open_ones = missing_groups(self.header, self.request, self.grants)
         signed = {grant["group"] for grant in self.grants if grant["approver"] == mine}
-        eligible = [group for group in required_groups(self.header, self.risk) if mine in may_sign(self.header, self.request, self.roster, group)]
+        eligible = [group for group in required_groups(self.header, self.request) if mine in may_sign(self.header, self.request, self.roster, group)]
         if wanted is not None and wanted not in eligible:
             raise DeniedError(f"{self.approver.name} may not sign for {wanted} here")
         if not eligible:
@@ -3441,7 +3643,7 @@ class Review:
 
     def learn(self, elsewhere: bool = False) -> None:
         """What this approver has now seen; where there is no log to look at, nothing of it."""
-        self.approver.learn(None if elsewhere else self.audit, self.header)
+        self.approver.learn(None if elsewhere else self.audit, self.header, rules_mark(self.rules))
 
 
 def record_grants(tx: Tx, vault: Vault, consent_id: str, signed: list[Row], observed: Row) -> Row:
@@ -3627,6 +3829,8 @@ def claim_parts(tx: Tx, vault: Vault, consent_id: str, keys: Keys | None, own_re
     if row["standing_id"] is not None:
         parts = standing_parts(tx, vault, row["standing_id"], entry, header, request)
     elif request["ephemeral"] is not None:
+        if problem := ruled_out(vault.rules(tx), header, request, tx.now):
+            raise RefusedError(problem)
         if keys is None:
             keys = Keys(vault.machine.unwrap(bytes(row["ephemeral"] or b""), statement("ephemeral", hash_of("request", request))))
         if keys.public != request["ephemeral"]:
@@ -3685,6 +3889,8 @@ def standing_parts(tx: Tx, vault: Vault, standing_id: str, entry: Row, header: R
     terms, sealed_as = standing_terms(tx, vault, row, header)
     if not covers(terms, request):
         raise RefusedError("the standing consent does not cover this request")
+    if problem := ruled_out(vault.rules(tx), header, request, tx.now, terms):
+        raise RefusedError(problem)
     granted = checked_all(tx, vault, row, sealed_as, terms)
     if sealed_as["version"] == header["version"]:
         return unwrapped(granted, vault.machine)
@@ -3785,10 +3991,12 @@ def sealed_lines(review: Review) -> list[str]:
     """What the owner has signed of the secret, and the code of the request."""
     header, request, now_risk = review.header, review.request, review.risk
     owner = person_of(review.roster, header["owner"]) or {"name": "this machine"}
+    asks = " and ".join(f"{group}:{n}" for group, n in sorted(request["requires"].items()))
     return [f"  secret    {header['key']}  version {header['version']}" + (f"  service {ascii_only(header['service'])}" if header["service"] else ""),
             f"  owner     {owner['name']}",
             f"  risk      {now_risk}" + (f"  (sealed as {header['risk']})" if now_risk != header["risk"] else ""),
-            f"  policy    {policy_text(header['policy'])}", *mode_lines(request), f"  code      {review.code}"]  # fmt: skip
+            f"  policy    {policy_text(header['policy'])}", *([f"  rules     set {review.rules['number']} asks for {asks}"] if asks else []),
+            *mode_lines(request), f"  code      {review.code}"]  # fmt: skip
 
 
 def prompt_lines(review: Review, seen: Row, elsewhere: bool) -> list[str]:
@@ -3876,7 +4084,7 @@ def consent_document(reader: Reader, row: Row) -> Row:
     header = stored_object((reader.one(GET_VERSION, key=row["secret_key"], version=row["secret_version"]) or {"header": "{}"})["header"])
     claimed, names = request["claimed"], {fingerprint(person): person["name"] for person in roster["approvers"]}
     grants = reader.all(GRANTS_OF, id=row["consent_id"])
-    needed = required_groups(header, request["risk"]) if request["risk"] != "low" and not odd_policy(header.get("policy")) else {}
+    needed = required_groups(header, request) if request["risk"] != "low" and not odd_policy(header.get("policy")) else {}
     governance = sum(grant["group_name"] == "governance" for grant in grants)
     return {
         "consent_id": row["consent_id"], "secret_key": row["secret_key"], "secret_version": row["secret_version"], "secret_type": header.get("type"),
@@ -3884,7 +4092,7 @@ def consent_document(reader: Reader, row: Row) -> Row:
         "user_id": names.get(request["user"], claimed["user"]), "risk_level": request["risk"], "mode": row["mode"],
         "code": code_of(hash_of("request", request)) if request is not NO_REQUEST else None,
         "consent_status": row["consent_status"], "single_use": row["max_uses"] == 1, "standing_id": row["standing_id"],
-        "terms": request.get("standing"),
+        "terms": request.get("standing"), "requires": request["requires"],
         "used_count": row["used_count"], "max_uses": row["max_uses"], "governance_approval_required": "governance" in needed,
         "governance_approved": governance >= needed["governance"] if "governance" in needed else None,
         "approvals": [{"group": grant["group_name"], "approver": names.get(grant["approver"], grant["approver"]),
@@ -3948,7 +4156,7 @@ GUARANTEES = (
     ("mathematics", "which people, and how many of each group, must take part before a secret of medium risk or above opens"),
     ("mathematics", "that a value, its risk, its policy, its version and its owner are as the owner signed them"),
     ("mathematics", "that a single-use approval dies with the process that asked, and names exactly that request"),
-    ("the program", "time-outs, uses, expiry, raised risk, and that the audit leaf is there: code that anyone with the file can go round"),
+    ("the program", "time-outs, uses, expiry, raised risk, governance rules, and that the audit leaf is there: code that anyone with the file can go round"),
     ("the program", "who a requester says that he is, and the rollback of single rows that nobody has seen newer"),
     ("nothing", "against a program running as you that lies in wait for your passphrase, against root, or against a guessable passphrase"),
     ("nothing", "against whoever has been given a value: only a new one helps"),
@@ -4020,6 +4228,11 @@ def place_findings(store: Store, vault: Vault) -> Iterator[Finding]:
 def vault_findings(store: Store, vault: Vault) -> Iterator[Finding]:
     if vault.older:
         yield "problem", "rolled_back", "this machine has seen a newer list of approvers", "after a restored copy: grace audit anchor --accept"
+    try:
+        vault.rules(store)
+    except RefusedError as refusal:
+        hint = refusal.hint if refusal.cause.startswith("rolled back") else "put back a copy of the database from before, then: grace audit anchor --accept"
+        yield "problem", "rules", f"the rules of governance do not hold, so only low risk opens: {refusal.cause}", hint
     log = verify_log(store, vault.roster, {"this machine": vault.seen.audit})
     for finding in log["findings"]:
         yield "problem", "audit", finding, "if a copy was restored: grace audit anchor --accept"
@@ -7620,6 +7833,7 @@ GROUPS.update({
     "events": "The event bus: what happened, in order.",
     "handler": "The commands that do the work, by name.",
     "intent": "Goals and how they went.",
+    "policy": "The rules of governance: what is denied, or takes more than the risk asks for.",
     "secret": "Sealed values, and asking for them.",
     "task": "The units of work behind intents, and the protocol for workers that are not grace.",
 })  # fmt: skip
@@ -8703,7 +8917,7 @@ def renew_machine(store: Store, name: str | None, source: str | None) -> Row:
     store.write(put)
     mark, head = (roster["number"], hash_of("roster", roster)), audit_head(store)
     write_private(os.path.join(folder, "machine.key"), {"format": MACHINE_FILE, "vault_id": vault_id, "root": person.root, "private": b64(keys.private)})
-    seen = Seen.begin(os.path.join(folder, "machine.seen"), vault_id, "machine", derived(keys.private, "seen"), mark, head)
+    seen = Seen.begin(os.path.join(folder, "machine.seen"), vault_id, "machine", derived(keys.private, "seen"), mark, head, person.seen.rules)
     seen.secrets = {**person.seen.secrets}
     seen.save()
     person.seen.learn(mark, head)
@@ -8751,7 +8965,8 @@ def approver_add(app: App, name: str, role: tuple[str, ...], new_passphrase_file
     facts = {"vault_id": vault.id, "name": name, "root": vault.root}
     document = locked_keys(keys, seen_key, passphrase(new_passphrase_file, name, True, "--new-passphrase-file"), facts, setting(store, "vault.argon2_memory"))
     write_private(os.path.join(vault.folder, f"{name}.key"), document)
-    Seen.begin(os.path.join(vault.folder, f"{name}.seen"), vault.id, name, seen_key, (roster["number"], hash_of("roster", roster)), audit_head(store))
+    Seen.begin(os.path.join(vault.folder, f"{name}.seen"), vault.id, name, seen_key, (roster["number"], hash_of("roster", roster)), audit_head(store),
+               vault.seen.rules)  # fmt: skip
     change_roster(vault, signer, roster, "approver.added", name)
     added = person_named(roster, name)
     assert added is not None
@@ -8783,6 +8998,22 @@ def change_roster(vault: Vault, signer: Approver, roster: Row, kind: str, name: 
     vault.learn_head()
 
 
+def change_rules(vault: Vault, signer: Approver, before: Row, rules: list[Row], kind: str, name: str) -> None:
+    """Put the next set of rules, signed, and let this machine and the signer know it."""
+    mark = rules_mark(vault.store.write(lambda tx: put_rules(tx, before, rules, signer, kind, name)))
+    signer.learn(audit_head(vault.store), rules=mark)
+    vault.seen.learn(rules=mark)
+    vault.learn_head()
+
+
+def keep_rules(vault: Vault, signer: Approver, left: str, name: str) -> None:
+    """Rules that somebody signed who has left are signed anew: whoever has not seen them yet would not believe his signature any more."""
+    with contextlib.suppress(RefusedError):
+        rules = vault.rules(vault.store)
+        if rules["signer"] == left and signer.keys.fingerprint in members_of(vault.roster, "governance"):
+            change_rules(vault, signer, rules, rules["rules"], "signed anew", name)
+
+
 @command("approver remove", arg("name", "name"), SIGNER, PASSPHRASE)
 def approver_remove(app: App, name: str, approver: str | None, passphrase_file: str | None) -> None:
     """Take an approver off the list, and say what that key can still open until those secrets change."""
@@ -8811,6 +9042,7 @@ def approver_remove(app: App, name: str, approver: str | None, passphrase_file: 
     people = [{**other, "removed": clock(), "keeps": sorted(keeps)} if other is person else other for other in vault.roster["approvers"]]
     roster = new_roster(vault.roster, people, vault.roster["machine"], vault.id, signer.keys.fingerprint, clock())
     change_roster(vault, signer, roster, "approver.removed", name, dict.fromkeys(opens, f"{name} was removed and could open it"))
+    keep_rules(vault, signer, mine, name)
     document = {"name": name, "removed": True, "can_still_open": opens}
 
     def plain() -> None:
@@ -9713,7 +9945,8 @@ def twins(vault: Vault, first: Judged, row: Row, group: str | None) -> list[Judg
             continue
         with contextlib.suppress(GraceError):
             twin, its = judge(vault, review.approver, other)
-            same = all(twin.request[name] == review.request[name] for name in ("header", "sealed", "claimed", "risk", "mode", "user", "grant_for"))
+            alike = ("header", "sealed", "claimed", "risk", "mode", "user", "grant_for", "requires")
+            same = all(twin.request[name] == review.request[name] for name in alike)
             processes = {(one["reported"].get("pid"), one["reported"].get("started")) for one in (review.request, *(known.request for known, _, _ in found))}
             another = (twin.request["reported"].get("pid"), twin.request["reported"].get("started")) not in processes
             if same and another and its["alive"] and its["ancestors"][:1] == seen["ancestors"][:1]:
@@ -9810,7 +10043,8 @@ def consent_approve(app: App, id: str | None, group: str | None, once: bool, gra
 def approve_from_now_on(app: App, vault: Vault, judged: Judged, wish: Row, code: str | None, note: str | None, source: str | None) -> None:
     """Sign a request, and a standing consent for whatever asks the same; the person sees both and says yes once."""
     review, seen, groups = judged
-    filed = vault.store.write(lambda tx: standing_from(tx, vault, review.request, wish))
+    with refusals(vault.store, review.case["consent_id"], plain=False):
+        filed = vault.store.write(lambda tx: standing_from(tx, vault, review.request, wish))
     try:
         standing, its = judge(vault, review.approver, filed)
         if problem := odd_standing(standing.request, review.request, wish):
@@ -9848,7 +10082,7 @@ def terms_of(standing: Row) -> Row:
 
 def odd_standing(standing: Row, request: Row, wish: Row) -> str | None:
     """Why a standing request is not the one that goes with this request and this wish, or None."""
-    same = ("vault_id", "key", "version", "header", "sealed", "claimed", "reported", "risk", "user")
+    same = ("vault_id", "key", "version", "header", "sealed", "claimed", "reported", "risk", "user", "requires")
     terms = {"action": "exact", "by": "exact", "template": None, "origin": request["consent_id"], "uses": wish["uses"], "follow": wish["follow"]}
     if any(standing[name] != request[name] for name in same):
         return "the standing consent is for something else than the request"
@@ -10256,6 +10490,151 @@ class Watch:
         return next((group for group in groups if mine in may_sign(review.header, review.request, review.roster, group)), None)
 
 
+# ---- governance rules
+
+
+def compared(what: str, letters: str = r"[^*]+") -> Checked:
+    """What a rule names: in full, or the beginning with a * behind it."""
+
+    def parse(text: str) -> str:
+        if not re.fullmatch(letters + r"\*?", rule_text(what, text)):
+            raise ValueError(f"{text[:60]!r} fits no {what}: A–Z a–z 0–9 _ . - and at most one * at the end")
+        return text
+
+    return Checked("text", parse)
+
+
+def known_zone(text: str) -> str:
+    import zoneinfo
+
+    if text != "UTC" and text not in zoneinfo.available_timezones() - {"localtime", "Factory"}:
+        raise ValueError(f"{printable(text)[:40]!r} is no time zone that this machine knows, such as Europe/Berlin")
+    return text
+
+
+def rules_signer(vault: Vault, name: str | None, source: str | None) -> Approver:
+    """An unlocked approver who may sign rules, and who has seen no newer ones."""
+    who = choose_approver(vault, name)
+    if "governance" not in (person_named(vault.roster, who) or {"roles": ()})["roles"]:
+        raise DeniedError(f"{who} does not hold the role governance, which signs the rules", "let one who does: --approver NAME")
+    signer = unlock(vault, who, source)
+    with refusals(vault.store, who, plain=False):
+        rules_until(vault.store.all(RULE_SETS), vault.id, vault.rosters, signer.seen.rules)
+    return signer
+
+
+def held_rules(vault: Vault) -> Row:
+    with refusals(vault.store, "policy", plain=False):
+        return vault.rules(vault.store)
+
+
+def policy_document(vault: Vault) -> Row:
+    """The newest set of rules as programs see it, in the order in which they are tried; what does not verify is marked so."""
+    problem, rules = None, NO_RULES
+    try:
+        rules = vault.rules(vault.store)
+    except RefusedError as refusal:
+        problem = refusal.cause
+        with contextlib.suppress(RefusedError):
+            rules = next((rules_of(row["document"], vault.id) for row in vault.store.all(RULE_SETS_NEWEST, n=1)), NO_RULES)
+    signer = person_of(vault.roster, str(rules["signer"])) or {"name": None}
+    return {"number": rules["number"], "signer": signer["name"], "verified": problem is None, "problem": problem,
+            "created_at": format_instant(rules["created"]), "rules": in_order(rules["rules"])}  # fmt: skip
+
+
+def show_policy(app: App, document: Row) -> None:
+    lines = [(rule["name"], f"{rule['effect']} {rule['group'] or ''}".strip(), *(printable(rule[what] or "any") for what in RULE_TEXTS), rule["risk"] or "any",
+              f"{rule['hours']} {rule['zone']}" if rule["hours"] else "any") for rule in document["rules"]]  # fmt: skip
+
+    def plain() -> None:
+        if document["number"]:
+            verified = "verified" if document["verified"] else "NOT VERIFIED"
+            write_out(f"set {document['number']}, signed by {printable(document['signer'] or 'a stranger')}, {verified}")
+        if document["problem"]:
+            write_out(f"not in force, and only low risk opens: {printable(document['problem'])}")
+        show_table(("RULE", "EFFECT", "SECRET", "SERVICE", "ACTION", "BY", "RISK", "HOURS"), lines, "no rules: the risk of each use decides")
+
+    app.show(document, plain)
+
+
+@command("policy list")
+def policy_list(app: App) -> None:
+    """The rules of governance, in the order in which they are tried."""
+    _, vault = open_vault(app)
+    show_policy(app, policy_document(vault))
+
+
+RULE_NAME = Checked("name", lambda text: named("a rule", text))
+
+
+@command("policy add", arg("name", RULE_NAME), arg("effect", Checked("effect", one_of(EFFECTS))),
+         opt("--group", kind=Checked("group", one_of(ROLES)), help="With require: who has to sign, besides whom the risk asks for [default: governance]."),
+         opt("--secret", kind=compared("secret", r"[A-Za-z0-9_.-]+"), help="Only this secret, or those that begin so: shop_*."),
+         opt("--service", kind=compared("service"), help="Only secrets of this service, or of those that begin so."),
+         opt("--action", kind=compared("action", r"[A-Za-z0-9_.-]+"), help="Only this action, or those that begin so."),
+         opt("--by", kind=compared("by"), help="Only this requester, as he calls himself, or those that begin so."),
+         opt("--risk", kind="risk", help="Only at this risk or a higher one."),
+         opt("--hours", kind=Checked("hours", rule_hours), help="Only from then until then: 08:00-18:00, or past midnight 22:00-06:00."),
+         opt("--tz", "zone", kind=Checked("zone", known_zone), help="The time zone of --hours, such as Europe/Berlin [default: UTC]."),
+         opt("--all", "everything", is_flag=True, help="Every use of every secret, for deny and require: nothing is named then."),
+         SIGNER, PASSPHRASE)  # fmt: skip
+def policy_add(app: App, name: str, effect: str, group: str | None, zone: str | None, everything: bool, approver: str | None, passphrase_file: str | None,
+               **match: str | None) -> None:  # fmt: skip
+    """Add a rule: deny before require before allow; no rule ever lowers what the risk asks for."""
+    if group is not None and effect != "require":
+        raise UsageError("--group goes with require")
+    if zone is not None and match["hours"] is None:
+        raise UsageError("--tz goes with --hours")
+    if everything and (effect == "allow" or any(match.values())):
+        raise UsageError("--all stands for every use: it goes with deny and require, and with nothing that is named")
+    if not everything and not any(match.values()):
+        raise UsageError("say what the rule is about: --secret, --service, --action, --by, --risk or --hours",
+                         "" if effect == "allow" else f"to {effect} every use: --all")  # fmt: skip
+    _, vault = open_vault(app)
+    before = held_rules(vault)
+    if any(rule["name"] == name for rule in before["rules"]):
+        raise ConflictError(f"there is a rule {name} already", f"take it out first: grace policy remove {name}")
+    rule = {"name": name, "effect": effect, "group": (group or "governance") if effect == "require" else None, **match, "zone": zone or "UTC"}
+    change_rules(vault, rules_signer(vault, approver, passphrase_file), before, [*before["rules"], rule], f"added {effect}", name)
+    show_policy(app, policy_document(vault))
+
+
+@command("policy remove", arg("name", RULE_NAME), SIGNER, PASSPHRASE)
+def policy_remove(app: App, name: str, approver: str | None, passphrase_file: str | None) -> None:
+    """Take a rule out."""
+    _, vault = open_vault(app)
+    before = held_rules(vault)
+    rest = [rule for rule in before["rules"] if rule["name"] != name]
+    if len(rest) == len(before["rules"]):
+        raise NotFoundError(f"there is no rule {name!r}", nearest_hint(name, [rule["name"] for rule in rest], "grace policy list"))
+    change_rules(vault, rules_signer(vault, approver, passphrase_file), before, rest, "removed", name)
+    show_policy(app, policy_document(vault))
+
+
+@command("policy test", arg("key", SECRET_NAME),
+         opt("--action", kind=Checked("name", lambda text: named("an action", text)), required=True, help="What is to be done with it."),
+         opt("--by", kind=Checked("name", text_of("a requester", 128)), help="Who asks [default: PROGRAM@LOGIN of the caller]."),
+         opt("--risk", kind="risk", help="A higher risk than the secret's own."),
+         opt("--at", "at_ms", kind="instant", help="When [default: now]."))  # fmt: skip
+def policy_test(app: App, key: str, action: str, by: str | None, risk: str | None, at_ms: int | None) -> int:
+    """What the rules would say of a use, and who would have to sign. Nothing is filed or recorded; exit 1 when it would be denied."""
+    store, vault = open_vault(app)
+    _, header = vault.current(store, key)
+    at = clock() if at_ms is None else at_ms
+    claimed = ask_spec(key, action, "a test", by, None, risk, "{}", 1)
+    told = told_decision(vault.rules(store), header, claimed, highest_risk(header["risk"], header["action_risks"].get(action), risk), at)
+    denied = told["effect"] == "deny"
+    needs = {} if denied else required_groups(header, {"risk": told["risk_level"], "requires": told["requires"]})
+    document = {**{name: value for name, value in told.items() if name != "consent_id"}, "denied": denied, "needs": needs, "tested_at": format_instant(at)}
+
+    def plain() -> None:
+        show_record(document)
+        write_out("denied" if denied else f"needs {' & '.join(f'{group}:{n}' for group, n in needs.items()) or 'nobody: this machine opens it'}")
+
+    app.show(document, plain)
+    return int(denied)
+
+
 # ---- audit
 
 
@@ -10338,9 +10717,10 @@ def audit_export(app: App) -> None:
 def show_accepted(store: Store, vault: Vault, before: dict[str, list[Any]]) -> None:
     """What was seen, and what would count from now on."""
     size, head = audit_head(store)
-    for who, (seen_size, seen_head, number) in before.items():
-        sys.stderr.write(f"{who} has seen a log of {seen_size} leaves ending in {seen_head[:16]}, and list {number} of approvers\n")
-    sys.stderr.write(f"here is one of {size} leaves ending in {head[:16]}, and list {vault.roster['number']} of approvers\n")
+    for who, (seen_size, seen_head, number, rules) in before.items():
+        sys.stderr.write(f"{who} has seen a log of {seen_size} leaves ending in {seen_head[:16]}, list {number} of approvers and set {rules} of rules\n")
+    rules = store.value("SELECT MAX(number) AS n FROM governance_rules") or 0
+    sys.stderr.write(f"here is one of {size} leaves ending in {head[:16]}, list {vault.roster['number']} of approvers and set {rules} of rules\n")
     for entry in store.all(CURRENT_SECRETS):
         seen = vault.seen.secrets.get(entry["secret_key"], [0, "", False])[0]
         if entry["version"] != seen:
@@ -10358,11 +10738,13 @@ def audit_anchor(app: App, approver: str | None, passphrase_file: str | None, ac
     typed = passphrase(passphrase_file, name)
     with refusals(store, name, plain=False):
         person = Approver(name, vault.folder, vault.id, typed).meet(store.all(ROSTERS), accept)
-        before = {who: [*seen.audit, seen.roster[0]] for who, seen in (("machine", vault.seen), (name, person.seen))}
+        before = {who: [*seen.audit, seen.roster[0], seen.rules[0]] for who, seen in (("machine", vault.seen), (name, person.seen))}
         known = all(extends(store, seen.audit) and seen.roster[0] <= vault.roster["number"] for seen in (vault.seen, person.seen))
         if not known and not accept:
             raise RefusedError("rolled back: the audit log is not the one seen before; --accept would make it the one that counts")
         headers = {row["secret_key"]: vault.checked(store, row) for row in store.all(CURRENT_SECRETS)} if accept else {}
+        for seen in (vault.seen, person.seen):
+            rules = rules_until(store.all(RULE_SETS), vault.id, vault.rosters, None if accept else seen.rules)
 
     if accept and not app.json:
         show_accepted(store, vault, before)
@@ -10377,8 +10759,8 @@ def audit_anchor(app: App, approver: str | None, passphrase_file: str | None, ac
     head = audit_head(store)
     for seen in (person.seen, vault.seen):
         if accept:
-            seen.accept(vault.roster_mark, head, headers, vault.machine.fingerprint)
-        seen.learn(vault.roster_mark, head)
+            seen.accept(vault.roster_mark, head, headers, vault.machine.fingerprint, rules_mark(rules))
+        seen.learn(vault.roster_mark, head, rules=rules_mark(rules))
     document = {"size": head[0], "head": head[1], "approver": name, "accepted": accept, "seen_before": before}
     app.show(document, lambda: write_out(f"{name} has signed the log of {head[0]} leaves, head {head[1][:16]}"))
 
