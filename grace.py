@@ -3653,6 +3653,8 @@ def record_grants(tx: Tx, vault: Vault, consent_id: str, signed: list[Row], obse
     request = filed_request(tx, row, header, sha256(bytes(entry["sealed"])), vault.id)
     if tx.now >= request["answer_by"]:
         raise ConflictError(f"{row['consent_id']} has expired unanswered")
+    if problem := ruled_out(vault.rules(tx), header, request, request["created"]):
+        raise RefusedError(problem)
     for item in signed:
         grant = grant_of(item["document"])
         if not leaf_is_there(tx, grant, row["consent_id"]):
@@ -10519,7 +10521,7 @@ def rules_signer(vault: Vault, name: str | None, source: str | None) -> Approver
         raise DeniedError(f"{who} does not hold the role governance, which signs the rules", "let one who does: --approver NAME")
     signer = unlock(vault, who, source)
     with refusals(vault.store, who, plain=False):
-        rules_until(vault.store.all(RULE_SETS), vault.id, vault.rosters, signer.seen.rules)
+        rules_until(vault.store.all(RULE_SETS)[: signer.seen.rules[0]], vault.id, vault.rosters, signer.seen.rules)  # what follows, this machine has seen
     return signer
 
 

@@ -210,6 +210,10 @@ VAULT_CALLS: dict[str, list[tuple[str, ...]]] = {  # in this order on one vault;
     "secret set": [("open", "--risk", "low", "--value-file", "value"), ("shop", "--value-file", "value", "--service", "shop", "--expires", "1d", *SIGNED)],
     "secret rotate": [("shop", "--value-file", "value", *SIGNED)], "secret reshare": [("shop", *SIGNED)],
     "secret get": [("open", "--action", "use", "--for", "a test", "--reveal")], "exec": [("--secret", "TOKEN=open", "--", "true")],
+    "policy add": [("night", "require", "--group", "user", "--hours", "22:00-06:00", "--tz", "Europe/Berlin", *SIGNED),
+                   ("deploys", "allow", "--action", "deploy*", "--service", "shop", *SIGNED)],
+    "policy list": [()], "policy test": [("shop", "--action", "use"), ("open", "--action", "use", "--at", "2026-11-22T12:00:00Z")],
+    "policy remove": [("deploys", *SIGNED)],
     "consent request": [("shop", "--action", "use", "--for", "a test", "--context", '{"someKey": 1}')] * 4, "consent pending": [()],
     "consent show": [("{1}",)], "consent export": [("{0}",), ("{1}", "--out", "case")],
     "consent approve": [("--in", "case", "--out", "approval", *SIGNED), ("{0}", "--note", "yes", *SIGNED)], "consent import": [("approval",)],
@@ -251,7 +255,7 @@ def test_json_of_every_vault_command(place: Place) -> None:
             assert "what is in anna" not in done.out + done.err and ("what is in value" not in done.out or path == "secret get"), path
             documents = done.lines if path == "audit export" else [done.json]
             assert done.out.endswith("\n") and done.out.count("\n") == len(documents) > 0, path
-            free = ("context", "by_secret", "by_requester", "facts", "action_risks", "kdf", "earlier")
+            free = ("context", "by_secret", "by_requester", "facts", "action_risks", "kdf", "earlier", "requires", "needs")
             check_keys(documents, free)
             asked += [documents[0]["consent_id"]] if path == "consent request" else []
     assert place.json("secret", "list")[0]["verified"] is True and place.json("audit", "verify")["ok"] is True

@@ -30,7 +30,7 @@ from tests.test_cli import softened
 
 TABLES = ("intent_records", "htm_tasks", "htm_task_attempts", "handlers", "settings", "events", "event_cursors", "task_dependencies", "outcome_records")
 HIDDEN = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
-VAULT_TABLES = ("vault_rosters", "secret_entries", "secret_shares", "secret_consent_records", "consent_grants", "audit_anchors")
+VAULT_TABLES = ("vault_rosters", "governance_rules", "secret_entries", "secret_shares", "secret_consent_records", "consent_grants", "audit_anchors")
 NOT_HERE = {"daemon", "demo", "run"}  # they change signal handlers or descriptors, so they are called as processes
 
 
@@ -204,6 +204,8 @@ VAULT_GOOD: dict[str, dict[str, str]] = {  # what makes each vault command succe
     "consent revoke": {"id": "{approved}", "reason": "no"}, "consent wait": {"id": "{approved}"}, "audit list": {}, "audit export": {},
     "consent watch": {"approver": "anna", "passphrase_file": "{anna}"}, "audit verify": {"approver": "anna", "passphrase_file": "{anna}"},
     "audit anchor": {"approver": "anna", "passphrase_file": "{anna}"},
+    "policy add": {"name": "other", "effect": "deny", "by": "nobody", "approver": "anna", "passphrase_file": "{anna}"}, "policy list": {},
+    "policy remove": {"name": "quiet", "approver": "anna", "passphrase_file": "{anna}"}, "policy test": {"key": "shop", "action": "use"},
 }  # fmt: skip
 
 
@@ -225,6 +227,7 @@ def safe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     place.ok("consent", "export", ids["pending"], "--out", "case")
     place.ok("consent", "approve", "--in", "case", "--out", "approval", *anna)
     place.ok("consent", "approve", ids["approved"], *anna)
+    place.ok("policy", "add", "quiet", "allow", "--by", "nobody at all", *anna)
     place.ok("approver", "add", "ben", "--role", "user", "--role", "governance", "--new-passphrase-file", "ben", *anna)
     place.ok("approver", "export", "ben", "--out", "bundle")
     for file in place.folder.glob(".config/grace/*/ben.*"):
@@ -530,7 +533,7 @@ def test_without_a_vault(path: str, place: Place, module: Any, vaulted: dict[str
         assert "no vault" in answer.err and "grace init" in answer.err
     assert not (place.folder / ".config").exists()
     with contextlib.closing(sqlite3.connect(place.db)) as con:
-        assert [con.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0] for table in (*VAULT_TABLES, "audit_log")] == [0] * 7
+        assert [con.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0] for table in (*VAULT_TABLES, "audit_log")] == [0] * 8
 
 
 @pytest.mark.parametrize("path", [path for path in VAULT_GOOD if path != "approver import"])
