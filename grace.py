@@ -3997,7 +3997,7 @@ def sealed_lines(review: Review) -> list[str]:
     return [f"  secret    {header['key']}  version {header['version']}" + (f"  service {ascii_only(header['service'])}" if header["service"] else ""),
             f"  owner     {owner['name']}",
             f"  risk      {now_risk}" + (f"  (sealed as {header['risk']})" if now_risk != header["risk"] else ""),
-            f"  policy    {policy_text(header['policy'])}", *([f"  rules     set {review.rules['number']} asks for {asks}"] if asks else []),
+            f"  policy    {policy_text(header['policy'])}", *([f"  rules     asked for {asks} besides"] if asks else []),
             *mode_lines(request), f"  code      {review.code}"]  # fmt: skip
 
 
@@ -4233,8 +4233,9 @@ def vault_findings(store: Store, vault: Vault) -> Iterator[Finding]:
     try:
         vault.rules(store)
     except RefusedError as refusal:
-        hint = refusal.hint if refusal.cause.startswith("rolled back") else "put back a copy of the database from before, then: grace audit anchor --accept"
-        yield "problem", "rules", f"the rules of governance do not hold, so only low risk opens: {refusal.cause}", hint
+        mend = "put back a copy of the database from before, then: grace audit anchor --accept"
+        yield ("problem", "rules", f"the rules of governance do not hold, so only low risk opens: {refusal.cause}",
+               mend if refusal.hint == RefusedError("").hint else refusal.hint)  # fmt: skip
     log = verify_log(store, vault.roster, {"this machine": vault.seen.audit})
     for finding in log["findings"]:
         yield "problem", "audit", finding, "if a copy was restored: grace audit anchor --accept"

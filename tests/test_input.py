@@ -336,7 +336,7 @@ def command_names() -> list[str]:
 
 def vault_command_names() -> list[str]:
     """Those that open the vault or ask for something in it: all that this round of commands has."""
-    groups = ("approver", "secret", "consent", "audit")
+    groups = ("approver", "secret", "consent", "policy", "audit")
     return [" ".join(words) for words in commands(load_module()) if words[0] in (*groups, "init", "doctor", "exec")]
 
 

@@ -358,7 +358,7 @@ def test_a_required_signature_at_medium_risk(world: World) -> None:
     assert decisions(world) == [{"consent_id": consent_id, "secret_key": "mid", "action": "deploy-web", "requested_by": "cron", "risk_level": "medium",
                                  "effect": "require", "rule": "deploys", "requires": {"governance": 1}, "number": 1}]  # fmt: skip
     shown = world.ok("consent", "approve", consent_id, *world.as_("olga"), "--as", "user").err
-    assert "  rules     set 1 asks for governance:1" in shown.splitlines() and world.status(consent_id) == "pending"
+    assert "  rules     asked for governance:1 besides" in shown.splitlines() and world.status(consent_id) == "pending"
     assert world.call("consent", "approve", consent_id, *world.as_("olga"), "--as", "governance").status == 5
     assert world.call("consent", "approve", consent_id, *world.as_("anna"), "--as", "governance").status == 5
     world.ok("consent", "approve", consent_id, *world.as_("gov"))
