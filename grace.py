@@ -9958,29 +9958,38 @@ def twins(vault: Vault, first: Judged, row: Row, group: str | None) -> list[Judg
 
 
 def siblings(vault: Vault, first: Judged, row: Row, group: str | None) -> list[Judged]:
-    """The other pending requests of the same task of a daemon, for the same purpose: judged before the person is asked."""
-    review, _, _ = first
-    task, found = review.request["reported"].get("task"), []
-    for other in vault.store.all(PENDING) if task else []:
-        if other["consent_id"] == row["consent_id"] or other["task_id"] != task or other["mode"] != "collect":
+    """The other pending requests of the same task or running process, for the same purpose: judged before the person is asked."""
+    review, seen, _ = first
+    together, found = asked_together(review.request), []  # type: tuple[Any, ...] | None, list[Judged]
+    for other in vault.store.all(PENDING):
+        if other["consent_id"] == row["consent_id"] or together is None or asked_together(listed_request(other)) != together:
             continue
         with contextlib.suppress(GraceError):
             sibling, its = judge(vault, review.approver, other)
             claims = [{**one.request["claimed"], "action": None} for one in (review, sibling)]
-            same = all(sibling.request[name] == review.request[name] for name in ("risk", "mode", "user")) and claims[0] == claims[1]
-            if same and sibling.request["reported"].get("task") == task:
+            same = all(sibling.request[name] == review.request[name] for name in ("risk", "mode", "user", "grant_for")) and claims[0] == claims[1]
+            new = all((sibling.request["key"], sibling.request["claimed"]["action"]) != (known.request["key"], known.request["claimed"]["action"])
+                      for known in (review, *(one for one, _, _ in found)))  # fmt: skip
+            if same and new and its["alive"] == seen["alive"] and asked_together(sibling.request) == together:
                 found.append((sibling, its, sibling.groups(group)))
     return found
 
 
+def asked_together(request: Row) -> tuple[Any, ...] | None:
+    """What requests have in common that belong together: a daemon's task, or the process that waits for them; None for any other."""
+    reported = request["reported"]
+    if request.get("mode") == "collect":
+        return ("task", reported["task"]) if reported.get("task") else None
+    return ("process", reported.get("pid"), reported.get("started"), reported.get("boot")) if request.get("mode") == "once" else None
+
+
 def along_with(vault: Vault, judged: Judged, row: Row, group: str | None) -> list[Judged]:
-    """What one yes answers besides: only at medium risk, the same again from a running program, or what else a daemon's task needs."""
+    """What one yes answers besides: only at medium risk, what was asked together, or the same again from a running program."""
     review, seen, _ = judged
-    if review.risk != "medium":
+    if review.risk != "medium" or review.request["mode"] == "standing":
         return []
-    if review.request["mode"] == "collect" and review.request["reported"].get("task"):
-        return siblings(vault, judged, row, group)
-    return twins(vault, judged, row, group) if seen["alive"] else []
+    together = siblings(vault, judged, row, group)
+    return together or (twins(vault, judged, row, group) if seen["alive"] else [])
 
 
 def sign_and_record(vault: Vault, review: Review, groups: list[str], seen: Row, note: str | None, source: str | None) -> Row:
@@ -10031,7 +10040,7 @@ def consent_approve(app: App, id: str | None, group: str | None, once: bool, gra
     if grant_for:
         approve_from_now_on(app, vault, (review, seen, groups), {"grant_for": grant_for, "uses": uses, "follow": follow}, code, note, passphrase_file)
         return
-    same = along_with(vault, (review, seen, groups), row, group) if code is None and review.request["mode"] != "standing" else []
+    same = along_with(vault, (review, seen, groups), row, group) if code is None else []
     show_prompt(app, review, seen, False, [twin for twin, _, _ in same])
     confirmed(review, code, passphrase_file)
     done = sign_and_record(vault, review, groups, seen, note, passphrase_file)
@@ -10101,7 +10110,7 @@ def show_prompt(app: App, review: Review, seen: Row, elsewhere: bool, others: It
         if other.request["header"] == review.request["header"] and other.request["claimed"] == review.request["claimed"]:
             lines += [f"AND the same in the same words, answered with this one; compare its code, too: {other.code}"]
         else:
-            lines += ["AND for the same task, answered with this one; compare its code, too:", *sealed_lines(other)]
+            lines += ["AND asked together with it, answered with this one; compare its code, too:", *sealed_lines(other)]
             lines += quoted_lines("action", other.request["claimed"]["action"])
     text = "\n".join(lines) + "\n"
     if has_terminal():
@@ -10461,19 +10470,20 @@ class Watch:
         try:
             review, seen = self._judged(row)
             group = self._group(review)
-            show_prompt(self.app, review, seen, False)
+            others = along_with(self.vault, (review, seen, []), row, group)
+            ids = [row["consent_id"], *(other.case["consent_id"] for other, _, _ in others)]
+            self.done.update(ids)
+            show_prompt(self.app, review, seen, False, [other for other, _, _ in others])
             word = ask_person("[a]pprove, [d]eny, [s]kip, [q]uit: ", review.request["answer_by"]).lower()
             if word in ("a", "approve"):
                 if review.risk in ("high", "critical"):
                     confirmed(review, None, self.source)
-                done = sign_and_record(self.vault, review, review.groups(group), seen, None, self.source)
-                if done["consent_status"] == "pending":
-                    self.done.discard(row["consent_id"])  # another signature is missing, perhaps from the same person
-                write_out(f"{row['consent_id']}  {done['consent_status']}")
+                self._sign([(review, seen, review.groups(group)), *others])
             elif word in ("d", "deny"):
                 reason = ask_person("Why not? ", review.request["answer_by"]) or "denied"
-                self.store.write(lambda tx: deny(tx, row["consent_id"], reason[:2000]))
-                write_out(f"{row['consent_id']}  denied")
+                for consent_id in ids:
+                    self.store.write(functools.partial(deny, consent_id=consent_id, reason=reason[:2000]))
+                    write_out(f"{consent_id}  denied")
             return word not in ("q", "quit")
         except RefusedError as error:
             report(error, False)
@@ -10483,6 +10493,14 @@ class Watch:
         except (ConflictError, NotFoundError, UsageError) as error:
             report(error, False)
         return True
+
+    def _sign(self, judged: list[Judged]) -> None:
+        """What was shown together is signed together."""
+        for review, seen, groups in judged:
+            done = sign_and_record(self.vault, review, groups, seen, None, self.source)
+            if done["consent_status"] == "pending":
+                self.done.discard(done["consent_id"])  # another signature is missing, perhaps from the same person
+            write_out(f"{done['consent_id']}  {done['consent_status']}")
 
     def _group(self, review: Review) -> str | None:
         """Above medium risk the first group for which this person may still sign."""

@@ -2141,6 +2141,32 @@ def test_watch_answers_each_request_as_it_comes(team: World) -> None:
     assert team.collect(asked[0].consent_id) == VALUES["test_api_key"]
 
 
+def test_watch_shows_together_what_was_asked_together(team: World) -> None:
+    """Two secrets of one command are one prompt and one answer; a stranger's request in between is a prompt of its own."""
+    both = ("exec", "--secret", "A=test_api_key", "--secret", "B=test_api_key:other", "--by", "both", "--user", "anna", "--", "sh", "-c", 'echo "${#A} ${#B}"')
+    process = team.place.start(*both)
+    team.pending(2)
+    stranger = team.place.start("exec", "--secret", "A=test_api_key", "--by", "stranger", "--user", "anna", "--", "sh", "-c", 'echo "${#A}"')
+    team.pending(3)
+    terminal = Terminal(team.place, "consent", "watch", "--approver", "anna", columns=200)
+    terminal.until("Passphrase of anna")
+    terminal.type("the sentence of anna\n")
+    terminal.until("[q]uit")
+    assert "AND asked together with it" in terminal.text and '"other"' in terminal.text and "stranger" not in terminal.text
+    terminal.type("a\n")
+    terminal.until('"stranger"')
+    assert end_of(process)[:2] == (0, b"23 23\n")
+    shown = terminal.text.count("SEALED")
+    terminal.until("[q]uit: " if terminal.text.count("[q]uit") > 1 else "stranger")
+    until(lambda: terminal.read() and terminal.text.count("[q]uit") == 2, "the second question")
+    terminal.type("d\n")
+    terminal.until("Why not?")
+    terminal.type("no\n")
+    assert end_of(stranger)[0] == 125 and shown == 2
+    terminal.type("\x03")
+    terminal.end()
+
+
 def test_watch_asks_for_passphrase_and_code_at_high_risk(solo: World) -> None:
     """Unlocked for a medium request, high risk still takes the passphrase afresh and the code, for each of the two roles."""
     medium, high = solo.ask(mode="collect"), solo.ask("high", mode="collect")
