@@ -2900,7 +2900,8 @@ REQUEST_SHAPE: Fields = {
     "grant_for": NUMBER, "nonce": TEXT, "requires": (dict,),
 }  # fmt: skip
 STANDING_SHAPE: Fields = {**REQUEST_SHAPE, "standing": (dict,)}
-TERMS_SHAPE: Fields = {"uses": MAYBE_NUMBER, "action": TEXT, "by": TEXT, "follow": (bool,), "template": MAYBE_TEXT, "origin": MAYBE_TEXT}
+TERMS_SHAPE: Fields = {"uses": MAYBE_NUMBER, "action": TEXT, "by": TEXT, "follow": (bool,), "template": MAYBE_TEXT, "origin": MAYBE_TEXT,
+                       "until": MAYBE_NUMBER}  # fmt: skip
 CLAIMED_SHAPE: Fields = {"by": TEXT, "for": TEXT, "action": TEXT, "user": MAYBE_TEXT, "context": TEXT}
 PUBLIC_SHAPE: Fields = {"hpke": TEXT, "sign": TEXT}
 GRANT_SHAPE: Fields = {
@@ -3010,6 +3011,12 @@ def uses_of(request: Row) -> int:
 def lasts(request: Row) -> int:
     """For how long an approval holds, in milliseconds."""
     return min(int(request["grant_for"]), LONGEST_STANDING if request["mode"] == "standing" else LONGEST_GRANT)
+
+
+def ends(request: Row, now: int) -> int:
+    """Until when an approval of this instant holds."""
+    until = request["standing"]["until"] if request["mode"] == "standing" else None
+    return now + lasts(request) if until is None else min(now + lasts(request), int(until))
 
 
 def checked_request(text: str, header: Row, sealed_hash: str, vault_id: str) -> Row:
@@ -3242,7 +3249,7 @@ class Asking:
             "user": choose_user(self.vault.roster, header, spec["user"], spec["login"]), "created": tx.now, "answer_by": tx.now + spec["timeout_ms"],
             "grant_for": setting(tx, "consent.grant_for"), "nonce": os.urandom(16).hex(), "requires": told["requires"],
         }  # fmt: skip
-        standing = standing_for(tx, self.request) if self.risk != "low" else None
+        standing = standing_for(tx, self.vault, self.request) if self.risk != "low" else None
         if self.risk != "low" and standing is None:
             refuse_floods(tx, requester_of(self.request))
         put_request(tx, self.request, header, self._kept_key(), standing)
@@ -3304,12 +3311,18 @@ def covers(standing: Row, request: Row) -> bool:
     return same and alike and RISK_LEVELS.index(request["risk"]) <= RISK_LEVELS.index(standing["risk"])
 
 
-def standing_for(tx: Tx, request: Row) -> Row | None:
+def asks_himself(tx: Tx, vault: Vault, row: Row, request: Row) -> bool:
+    """Whether a request is made in the name of one who has signed the standing consent: nobody approves his own."""
+    signers = (person_of(vault.roster, grant["approver"]) for grant in tx.all(GRANTS_OF, id=row["consent_id"]))
+    return any(person is not None and person["name"].lower() == request["claimed"]["by"].lower() for person in signers)
+
+
+def standing_for(tx: Tx, vault: Vault, request: Row) -> Row | None:
     """The approved standing consent that covers a request and still lasts; the one that ends first, when there are several."""
     rows = [row for row in tx.all(STANDING_OF, key=request["key"]) if tx.now < row["grant_expires_at"]]
     for row in sorted(rows, key=lambda row: int(row["grant_expires_at"])):
         with contextlib.suppress(RefusedError):
-            if covers(request_of(row["request"]), request):
+            if covers(request_of(row["request"]), request) and not asks_himself(tx, vault, row, request):
                 return row
     return None
 
@@ -3631,7 +3644,7 @@ class Review:
         if (share is None) == bool(holders(self.header, group)):
             raise RefusedError(f"the part of {self.approver.name} is missing")
         grant = {"format": "grace-grant/1", "request": self.hash, "group": group, "approver": keys.fingerprint, "index": share["index"] if share else 0,
-                 "mode": self.request["mode"], "expires": now + lasts(self.request), "max_uses": uses_of(self.request),
+                 "mode": self.request["mode"], "expires": ends(self.request, now), "max_uses": uses_of(self.request),
                  "leaf": head, "size": size, "head": head, "nonce": os.urandom(16).hex()}  # fmt: skip
         wrap = None
         if share is not None:
@@ -3889,7 +3902,7 @@ def standing_parts(tx: Tx, vault: Vault, standing_id: str, entry: Row, header: R
     row = get_consent(tx, standing_id)
     refuse_closed(row)
     terms, sealed_as = standing_terms(tx, vault, row, header)
-    if not covers(terms, request):
+    if not covers(terms, request) or asks_himself(tx, vault, row, request):
         raise RefusedError("the standing consent does not cover this request")
     if problem := ruled_out(vault.rules(tx), header, request, tx.now, terms):
         raise RefusedError(problem)
@@ -4034,20 +4047,21 @@ def prompt_lines(review: Review, seen: Row, elsewhere: bool) -> list[str]:
 STREAK, PATTERN_SHOWS = 3, 5  # approvals in a row that are worth a line, and a suggestion
 
 
-def answer_ms(row: Row) -> int | None:
-    """How long a person took to say yes or no; None where nobody did."""
+def answer_ms(row: Row, request: Row) -> int | None:
+    """How long a person took to say yes or no; None where nobody did, or where the approver himself had filed it."""
     at = row["approved_at"] if row["approval_method"] == "approver" else row["denied_at"]
-    return None if at is None or row["mode"] == "standing" else max(0, at - row["requested_at"])
+    terms = request.get("standing", {"origin": None, "template": None})
+    return None if at is None or terms["origin"] or terms["template"] else max(0, at - row["requested_at"])
 
 
 def same_answers(asked: Iterable[tuple[Row, Row]]) -> list[Row]:
     """What was approved again and again, with no denial between: by secret, action and requester, longest first."""
     runs: dict[tuple[str, str, str], list[tuple[int, str]]] = {}
     for row, request in asked:
-        took, key = answer_ms(row), (row["secret_key"], request["claimed"]["action"], request["claimed"]["by"])
+        took, key = answer_ms(row, request), (row["secret_key"], request["claimed"]["action"], request["claimed"]["by"])
         if row["denied_at"] is not None:
             runs[key] = []
-        elif took is not None:
+        elif took is not None and row["mode"] != "standing":
             runs.setdefault(key, []).append((took, request["risk"]))
     found = [{"secret_key": key, "action": action, "requested_by": by, "approvals": len(run), "risk_level": run[-1][1],
               "median_answer_ms": sorted(took for took, _ in run)[len(run) // 2]} for (key, action, by), run in runs.items() if len(run) >= STREAK]  # fmt: skip
@@ -9801,7 +9815,7 @@ def consent_request(app: App, key: str, grant_for: int | None, uses: int | None,
     if grant_for is None:
         show_consent(app, store, get_consent(store, ask_for(vault, spec).consent_id))
         return
-    terms = {"uses": uses, "action": "exact", "by": "exact", "follow": follow, "template": None, "origin": None}
+    terms = {"uses": uses, "action": "exact", "by": "exact", "follow": follow, "template": None, "origin": None, "until": None}
     with refusals(store, key, plain=True):
         standing = {**standing_spec(vault, spec, grant_for, terms), "limited": True}
         row = store.write(lambda tx: file_standing(tx, vault, standing))
@@ -9849,7 +9863,7 @@ def consent_stats(app: App) -> None:
     store = consent_store(app)
     rows = store.all("SELECT * FROM secret_consent_records ORDER BY seq")
     asked = [(row, listed_request(row)) for row in rows]
-    answers = sorted(ms for row in rows if (ms := answer_ms(row)) is not None)
+    answers = sorted(ms for row, request in asked if (ms := answer_ms(row, request)) is not None)
     streaks = same_answers(asked)
 
     def tally(values: Iterable[str]) -> dict[str, int]:
@@ -10083,7 +10097,8 @@ def standing_from(tx: Tx, vault: Vault, request: Row, wish: Row) -> Row:
                 if problem := odd_standing(known, request, wish):
                     raise ConflictError(problem, f"another approver has begun it: grace consent show {begun['consent_id']}")
                 return begun
-    terms = {"action": "exact", "by": "exact", "template": None, "origin": request["consent_id"], "uses": wish["uses"], "follow": wish["follow"]}
+    terms = {"action": "exact", "by": "exact", "template": None, "origin": request["consent_id"], "until": None,
+             "uses": wish["uses"], "follow": wish["follow"]}  # fmt: skip
     return file_standing(tx, vault, {**{name: request[name] for name in ("key", "claimed", "reported", "risk", "user")}, "grant_for": wish["grant_for"],
                                      "timeout_ms": max(MINUTE, request["answer_by"] - tx.now), "terms": terms})  # fmt: skip
 
@@ -10095,7 +10110,8 @@ def terms_of(standing: Row) -> Row:
 def odd_standing(standing: Row, request: Row, wish: Row) -> str | None:
     """Why a standing request is not the one that goes with this request and this wish, or None."""
     same = ("vault_id", "key", "version", "header", "sealed", "claimed", "reported", "risk", "user", "requires")
-    terms = {"action": "exact", "by": "exact", "template": None, "origin": request["consent_id"], "uses": wish["uses"], "follow": wish["follow"]}
+    terms = {"action": "exact", "by": "exact", "template": None, "origin": request["consent_id"], "until": None,
+             "uses": wish["uses"], "follow": wish["follow"]}  # fmt: skip
     if any(standing[name] != request[name] for name in same):
         return "the standing consent is for something else than the request"
     if standing["standing"] != terms or standing["grant_for"] != min(wish["grant_for"], LONGEST_STANDING):
@@ -10189,6 +10205,9 @@ def consent_import(app: App, file: str) -> None:
 
 TEMPLATE_ROWS = """SELECT * FROM secret_consent_records WHERE mode = 'standing' AND json(request) -> 'standing' ->> 'template' IS NOT NULL
   ORDER BY seq"""
+SAY_REMOVED = "UPDATE secret_consent_records SET revocation_reason = :why WHERE consent_id = :id"
+TEMPLATE_INCOMPLETE = "it was not signed by all"
+TEMPLATE_ANSWER = HOUR  # to sign one, from the command on
 TEMPLATE_REMOVED = "the template was removed"
 TEMPLATE_SIGNERS = (opt("--approver", kind="name", multiple=True, help="Who signs (repeatable) [default: the login name]."),
                     opt("--passphrase-file", metavar="FILE", multiple=True, help="Their passphrases, in the same order."))  # fmt: skip
@@ -10202,16 +10221,37 @@ def parse_pattern(text: str) -> tuple[str, str]:
     return ("exact" if stem == text else "prefix"), check_text(stem, "it", 128)
 
 
-PATTERN = Checked("pattern", parse_pattern)
+def parse_action_pattern(text: str) -> tuple[str, str]:
+    kind, stem = parse_pattern(text)
+    return kind, named("an action", stem)
+
+
+PATTERN, ACTION_PATTERN = Checked("pattern", parse_pattern), Checked("pattern", parse_action_pattern)
 
 
 def templates_of(reader: Reader) -> dict[str, dict[str, Row]]:
-    """The templates that were not removed: by name, the newest standing consent of each secret."""
-    found: dict[str, dict[str, Row]] = {}
+    """The templates that were not removed: by name, of each secret the newest standing consent that was ever approved."""
+    found: dict[str, dict[str, dict[str, Row]]] = {}
     for row in reader.all(TEMPLATE_ROWS):
-        name = str(listed_request(row).get("standing", {}).get("template"))
-        found.setdefault(name, {})[row["secret_key"]] = row
-    return {name: rows for name, rows in found.items() if any(row["revocation_reason"] != TEMPLATE_REMOVED for row in rows.values())}
+        terms = listed_request(row).get("standing", {})
+        if row["approved_at"] is not None and row["revocation_reason"] != TEMPLATE_INCOMPLETE:
+            found.setdefault(str(terms.get("template")), {}).setdefault(str(terms.get("origin")), {})[row["secret_key"]] = row
+    last = {name: list(added.values())[-1] for name, added in found.items()}  # a name that was used again is another template
+    return {name: rows for name, rows in last.items() if any(row["revocation_reason"] != TEMPLATE_REMOVED for row in rows.values())}
+
+
+def open_template_rows(reader: Reader, name: str) -> list[Row]:
+    return [row for row in reader.all(TEMPLATE_ROWS)
+            if row["consent_status"] in ("pending", "approved") and listed_request(row).get("standing", {}).get("template") == name]  # fmt: skip
+
+
+def refuse_rivals(tx: Tx, name: str, alone: Iterable[str] = ()) -> None:
+    """Nobody else is signing this template, and it is not there, or not for these secrets; what a killed command left behind goes."""
+    for row in open_template_rows(tx, name):
+        if row["consent_status"] == "pending" and not lives(row["pid"], row["pid_started"] or 0):
+            close_consent(tx, row, REVOKE, "revoked", "withdrawn", now=tx.now)
+        elif row["consent_status"] == "pending" or not alone or row["secret_key"] in alone:
+            raise ConflictError(f"there is a template {name} already, or somebody is signing one", f"see: grace consent template list, or remove {name}")
 
 
 def template_document(reader: Reader, name: str, rows: dict[str, Row]) -> Row:
@@ -10219,9 +10259,9 @@ def template_document(reader: Reader, name: str, rows: dict[str, Row]) -> Row:
     request = listed_request(some)
     terms = request.get("standing", {"action": "exact", "by": "exact"})
     bound = {what: request["claimed"][what] + ("*" if terms[what] == "prefix" else "") for what in ("action", "by")}
-    stale = [key for key, row in rows.items() if row["revocation_reason"] == SECRET_CHANGED and (row["grant_expires_at"] or 0) > now]
-    return {"template": name, "action": bound["action"], "requested_by": bound["by"], "expires_at": format_instant(some["grant_expires_at"]),
-            "needs_refresh": stale,
+    stale = [key for key, row in rows.items() if row["revocation_reason"] == SECRET_CHANGED and row["grant_expires_at"] > now]
+    return {"template": name, "action": bound["action"], "requested_by": bound["by"],
+            "expires_at": format_instant(max(row["grant_expires_at"] for row in rows.values())), "needs_refresh": stale,
             "secrets": [{"secret_key": key, "secret_version": row["secret_version"], "consent_id": row["consent_id"], "consent_status": row["consent_status"],
                          "used_count": row["used_count"], "max_uses": row["max_uses"]} for key, row in rows.items()]}  # fmt: skip
 
@@ -10243,11 +10283,16 @@ def unlock_all(vault: Vault, names: tuple[str, ...], sources: tuple[str, ...]) -
     return [unlock(vault, choose_approver(vault, name), sources[number] if number < len(sources) else None) for number, name in enumerate(chosen)]
 
 
-def sign_templates(app: App, vault: Vault, people: list[Approver], specs: list[Row], source: str | None) -> dict[str, Row]:
-    """File standing consents, show them all, and after one yes sign them; the rows by secret. When one is not complete, none stays."""
+def sign_templates(app: App, vault: Vault, people: list[Approver], specs: list[Row], source: str | None, check: Callable[[Tx], None]) -> None:
+    """File standing consents, show them all, and after one yes sign them. When one is not complete, none of them stays."""
     store = vault.store
+
+    def put(tx: Tx) -> list[str]:
+        check(tx)
+        return [file_standing(tx, vault, spec)["consent_id"] for spec in specs]
+
     with refusals(store, "template", plain=False):
-        filed = [row["consent_id"] for row in store.write(lambda tx: [file_standing(tx, vault, spec) for spec in specs])]
+        filed = store.write(put)
     try:
         shown: dict[str, str] = {}
         for consent_id in filed:
@@ -10257,23 +10302,33 @@ def sign_templates(app: App, vault: Vault, people: list[Approver], specs: list[R
         confirmed(review, None, source)
         for consent_id in filed:
             for person in people:
-                review, seen = judge(vault, person, get_consent(store, consent_id))
-                if review.hash != shown[consent_id]:
-                    raise RefusedError("the request was changed after it was shown")
-                row = sign_and_record(vault, review, review.groups(None), seen, None, source)
+                sign_template(vault, person, consent_id, shown[consent_id], source)
+            row = get_consent(store, consent_id)
             if row["consent_status"] != "approved":
                 raise DeniedError(f"{row['secret_key']} takes more approvers", "name them: --approver NAME --approver NAME")
     except BaseException:
         for consent_id in filed:
             with contextlib.suppress(GraceError):
-                store.write(functools.partial(revoke, consent_id=consent_id, reason=TEMPLATE_REMOVED))
+                store.write(functools.partial(revoke, consent_id=consent_id, reason=TEMPLATE_INCOMPLETE))
         raise
-    return {row["secret_key"]: row for row in (get_consent(store, consent_id) for consent_id in filed)}
+
+
+def sign_template(vault: Vault, person: Approver, consent_id: str, shown: str, source: str | None) -> None:
+    """One approver's signature under what was shown, where one of his is missing."""
+    row = get_consent(vault.store, consent_id)
+    if row["consent_status"] != "pending":
+        return
+    review, seen = judge(vault, person, row)
+    if review.hash != shown:
+        raise RefusedError("the request was changed after it was shown")
+    with contextlib.suppress(DeniedError, ConflictError):
+        groups = review.groups(None)
+        sign_and_record(vault, review, groups, seen, None, source)
 
 
 @command("consent template add", arg("name", "name"),
          opt("--secret", "keys", kind=SECRET_NAME, multiple=True, required=True, help="For this one (repeatable)."),
-         opt("--action", kind=PATTERN, required=True, help="For this action; backup* for all that begin so."),
+         opt("--action", kind=ACTION_PATTERN, required=True, help="For this action; backup* for all that begin so."),
          opt("--by", kind=PATTERN, required=True, help="For this requester; nightly-* for all that begin so."),
          opt("--for", "grant_for", kind="duration", required=True, help="For so long."),
          opt("--uses", kind="limit", required=True, help="At most so many uses of each secret."),
@@ -10281,16 +10336,19 @@ def sign_templates(app: App, vault: Vault, people: list[Approver], specs: list[R
 def consent_template_add(app: App, name: str, keys: tuple[str, ...], action: tuple[str, str], by: tuple[str, str], grant_for: int, uses: int, user: str | None,
                          approver: tuple[str, ...], passphrase_file: tuple[str, ...]) -> None:  # fmt: skip
     """Approve beforehand what asks for these secrets of medium risk in this way; nobody is asked then."""
-    named("an action", action[1])
     store, vault = open_vault(app)
-    if name in templates_of(store):
-        raise ConflictError(f"there is a template {name} already", f"grace consent template remove {name}, or refresh")
     people = unlock_all(vault, approver, passphrase_file)
-    terms = {"uses": uses, "action": action[0], "by": by[0], "follow": False, "template": name, "origin": None}
-    asked: Row = {"purpose": f"template {name}", "by": by[1], "user": user, "risk": None, "context": "{}", "timeout_ms": HOUR}
+    terms = {"uses": uses, "action": action[0], "by": by[0], "follow": False, "template": name, "origin": os.urandom(8).hex(), "until": None}
+    asked: Row = {"purpose": f"template {name}", "by": by[1], "user": user, "risk": None, "context": "{}", "timeout_ms": TEMPLATE_ANSWER}
     specs = [standing_spec(vault, ask_spec(key, action[1], **asked), grant_for, terms) for key in dict.fromkeys(keys)]
-    rows = sign_templates(app, vault, people, specs, passphrase_file[0] if passphrase_file else None)
-    show_templates(app, [template_document(store, name, rows)], one=True)
+
+    def check(tx: Tx) -> None:
+        refuse_rivals(tx, name)
+        if name in templates_of(tx):
+            raise ConflictError(f"there is a template {name} already", f"grace consent template refresh {name}, or remove {name}")
+
+    sign_templates(app, vault, people, specs, passphrase_file[0] if passphrase_file else None, check)
+    show_templates(app, [template_document(store, name, templates_of(store)[name])], one=True)
 
 
 def known_template(reader: Reader, name: str) -> dict[str, Row]:
@@ -10313,9 +10371,11 @@ def consent_template_remove(app: App, name: str) -> None:
     store = consent_store(app)
 
     def remove(tx: Tx) -> None:
-        for row in known_template(tx, name).values():
-            if not close_consent(tx, row, REVOKE, "revoked", TEMPLATE_REMOVED, now=tx.now):
-                tx.run("UPDATE secret_consent_records SET revocation_reason = :why WHERE consent_id = :id", why=TEMPLATE_REMOVED, id=row["consent_id"])
+        rows = [] if open_template_rows(tx, name) else list(known_template(tx, name).values())
+        for row in open_template_rows(tx, name):
+            close_consent(tx, row, REVOKE, "revoked", TEMPLATE_REMOVED, now=tx.now)
+        for row in [*rows, *templates_of(tx).get(name, {}).values()]:
+            tx.run(SAY_REMOVED, why=TEMPLATE_REMOVED, id=row["consent_id"])
         record(tx, "template.removed", name, {"uid": os.geteuid(), "signed": False})
 
     store.write(remove)
@@ -10330,20 +10390,20 @@ def consent_template_refresh(app: App, name: str, keys: tuple[str, ...], approve
     """Sign a template anew for secrets that have a new value, or were added; its end and the uses that are left stay."""
     store, vault = open_vault(app)
     rows, now = known_template(store, name), clock()
-    stale = [rows[key] for key in template_document(store, name, rows)["needs_refresh"]]
-    some = next(iter(rows.values()))
-    if (some["grant_expires_at"] or 0) <= now:
+    until = max(row["grant_expires_at"] for row in rows.values())
+    if until <= now:
         raise ConflictError(f"the template {name} has ended", f"grace consent template remove {name}, and add it anew")
-    wanted = [(row["secret_key"], row["max_uses"] - row["used_count"]) for row in stale] + [(key, some["max_uses"]) for key in keys if key not in rows]
+    wanted = {key: rows[key]["max_uses"] - rows[key]["used_count"] for key in template_document(store, name, rows)["needs_refresh"]}
+    wanted |= {key: max(row["max_uses"] for row in rows.values()) for key in keys if key not in rows}
     if not wanted:
         raise ConflictError(f"nothing of the template {name} needs a refresh")
-    request = request_of(some["request"])
+    request = request_of(next(iter(rows.values()))["request"])
     asked: Row = {"purpose": request["claimed"]["for"], "by": request["claimed"]["by"], "user": request["claimed"]["user"], "risk": None, "context": "{}",
-                  "timeout_ms": HOUR}  # fmt: skip
-    specs = [standing_spec(vault, ask_spec(key, request["claimed"]["action"], **asked), some["grant_expires_at"] - now, {**request["standing"], "uses": uses})
-             for key, uses in wanted]  # fmt: skip
+                  "timeout_ms": TEMPLATE_ANSWER}  # fmt: skip
+    specs = [standing_spec(vault, ask_spec(key, request["claimed"]["action"], **asked), until - now, {**request["standing"], "uses": uses, "until": until})
+             for key, uses in wanted.items()]  # fmt: skip
     people = unlock_all(vault, approver, passphrase_file)
-    sign_templates(app, vault, people, specs, passphrase_file[0] if passphrase_file else None)
+    sign_templates(app, vault, people, specs, passphrase_file[0] if passphrase_file else None, lambda tx: refuse_rivals(tx, name, wanted))
     show_templates(app, [template_document(store, name, templates_of(store)[name])], one=True)
 
 

@@ -23,6 +23,9 @@ from typing import Any
 
 import pytest
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it puts in the background; commands would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 GRACE = str(Path(sys.executable).parent / "grace")
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 60.0
