@@ -5572,16 +5572,31 @@ class Scrubber:
 
         data = self._rest + data
         plain = data.translate(None, LINE_ENDS)  # a tool may have wrapped its output anywhere
-        settled = len(plain) if last else max(0, len(plain) - self._longest + 1)
+        settled = len(plain) if last else self._open_end(plain)
+        found = self._found(plain, settled)
+        if found and found[-1][1] > settled:  # another one may begin within it: both are taken out together
+            settled = found.pop()[0]
         ends = [match.start() for match in re.finditer(rb"[\r\n]", data)]
         shifts = [at - number for number, at in enumerate(ends)]
         out, at = [], 0
-        for start, end, label in self._found(plain, settled):
+        for start, end, label in found:
             out += [data[at : start + bisect.bisect_right(shifts, start)], label]
             at = end + bisect.bisect_right(shifts, end - 1)
-        cut = len(data) if last else max(at, settled + bisect.bisect_left(shifts, settled))
+        cut = len(data) if last else max(at, settled + bisect.bisect_right(shifts, settled))
         self._rest = data[cut:]
         return b"".join([*out, data[at:cut]])
+
+    def _open_end(self, plain: bytes) -> int:
+        """Where the first text begins that may go on to be a secret: what stands before it need not wait."""
+        first = max(0, len(plain) - self._longest + 1)
+        best, tail = len(plain), plain[first:]
+        for form in self._forms:
+            at = tail.find(form[:1])
+            while 0 <= at < best - first:
+                if form.startswith(tail[at:]):
+                    best = first + at
+                at = tail.find(form[:1], at + 1)
+        return best
 
     def _found(self, plain: bytes, settled: int) -> list[tuple[int, int, bytes]]:
         """Where secrets stand that begin before `settled`; those that overlap or touch are one."""

@@ -144,6 +144,25 @@ def test_no_piece_of_output_hides_a_secret_from_the_scrubber(module: Any) -> Non
         assert not any(form in out for form in hidden)
 
 
+def test_output_that_begins_no_secret_is_not_held_back(module: Any) -> None:
+    """The last words of a command that hangs are in its log: only what may become a secret, in any spelling, waits for more."""
+    scrubber = module.Scrubber({"TOKEN": b"kindergarten-2291"})
+    assert scrubber.feed(b"opening the door?\n") == b"opening the door?\n"
+    assert scrubber.feed(b"a kind word, and then? kinder") == b"a kind word, and then? "
+    assert scrubber.feed(b" people?") == b"kinder people?"
+    assert scrubber.feed(b"kinderg") == b"" and scrubber.feed(b"arten-2291!") == b"[secret TOKEN]!"
+
+
+def test_secrets_that_overlap_are_taken_out_whole(module: Any) -> None:
+    """However they overlap, and wherever the output is cut."""
+    values = {"A": b"abcd-efgh-ijkl", "B": b"ijkl-mnop-qrst"}
+    data = b"x abcd-efgh-ijkl-mnop-qrst y"
+    for cut in range(len(data)):
+        scrubber = module.Scrubber(values)
+        out = scrubber.feed(data[:cut]) + scrubber.feed(data[cut:]) + scrubber.feed(b"", last=True)
+        assert out.startswith(b"x [secret") and out.endswith(b"] y") and b"mnop" not in out and b"efgh" not in out, (cut, out)
+
+
 def test_plain_output_passes_the_scrubber_unchanged(module: Any) -> None:
     """What holds no secret is passed on byte for byte, whatever the pieces."""
     data = os.urandom(20_000)
