@@ -1757,6 +1757,8 @@ PUT_SHARE = """INSERT INTO secret_shares (secret_key, version, group_name, membe
   VALUES (:key, :version, :group, :member, :index, :wrap)"""
 EMPTY_VERSIONS = """UPDATE secret_entries SET sealed = NULL, removed_at = :now, rotate_at = NULL, rotate_task = NULL
   WHERE secret_key = :key AND sealed IS NOT NULL"""
+REMOVED_SINCE = """SELECT 1 FROM audit_log WHERE json(leaf) ->> 'subject' = :key AND json(leaf) ->> 'kind' = 'secret.removed'
+  AND CAST(json(leaf) -> 'facts' ->> 'version' AS INTEGER) >= :version LIMIT 1"""
 GET_DELEGATION = "SELECT * FROM secret_delegations WHERE seq = :seq"
 NEWEST_DELEGATION = "SELECT * FROM secret_delegations WHERE secret_key = :key AND private IS NOT NULL ORDER BY seq DESC LIMIT 1"
 PUT_DELEGATION = """INSERT INTO secret_delegations (secret_key, document, signature, private, created_at)
@@ -2370,8 +2372,11 @@ class Vault:
         header = self.checked(reader, entry)
         if problem := self.seen.odd_version(header):
             raise RefusedError(f"rolled back: {problem}")
-        before = past_versions(reader, header) if header["version"] > self.seen.version_of(key) else []
-        if problem := odd_succession(header, received_delegation(carried_delegation(reader, entry)), before, self.seen, self.id, self.rosters):
+        delegation = received_delegation(carried_delegation(reader, entry))
+        if delegation is not None and reader.one(REMOVED_SINCE, key=key, version=json.loads(delegation["document"])["version"]):
+            raise RefusedError(f"{key} was removed after its owner had allowed rotations")
+        before = past_versions(reader, header, self.seen.version_of(key)) if header["version"] > self.seen.version_of(key) else []
+        if problem := odd_succession(header, delegation, before, self.seen, self.id, self.rosters):
             raise RefusedError(problem)
         return entry, header
 
@@ -2458,8 +2463,8 @@ def check_seal(text: str, sealed_hash: str, signature: bytes, vault_id: str, ros
     return header
 
 
-DELEGATION_SHAPE: Fields = {"format": TEXT, "vault_id": TEXT, "key": TEXT, "base": TEXT, "fields": TEXT, "risk": TEXT, "policy": TEXT, "handler": TEXT,
-                           "sign": TEXT, "created": NUMBER, "expires": NUMBER}  # fmt: skip
+DELEGATION_SHAPE: Fields = {"format": TEXT, "vault_id": TEXT, "key": TEXT, "version": NUMBER, "base": TEXT, "fields": TEXT, "risk": TEXT, "policy": TEXT,
+                           "handler": TEXT, "sign": TEXT, "created": NUMBER, "expires": NUMBER}  # fmt: skip
 DELEGATED_FOR = 366 * DAY
 
 
@@ -2486,20 +2491,22 @@ def check_delegation(delegation: Row, header: Row, owner: Row) -> Row:
 def new_delegation(owner: Keys, header: Row, machine: Row, now: int) -> Row:
     """A signing key for rotations of this secret, wrapped to the machine, and the owner's signature under what it may do."""
     key = Keys.new()
-    document = {"format": "grace-delegation/1", "vault_id": header["vault_id"], "key": header["key"], "base": hash_of("header", header),
-                "fields": sealed_fields(header), "risk": header["risk"], "policy": hash_of("policy", header["policy"]), "handler": header["rotate_with"],
-                "sign": key.public["sign"], "created": now, "expires": now + DELEGATED_FOR}  # fmt: skip
+    document = {"format": "grace-delegation/1", "vault_id": header["vault_id"], "key": header["key"], "version": header["version"],
+                "base": hash_of("header", header), "fields": sealed_fields(header), "risk": header["risk"],
+                "policy": hash_of("policy", header["policy"]), "handler": header["rotate_with"], "sign": key.public["sign"], "created": now,
+                "expires": now + DELEGATED_FOR}  # fmt: skip
     return {"document": canonical(document).decode(), "signature": owner.sign(statement("delegation-signature", document)),
             "private": wrap_to(machine, key.private, statement("delegation-key", document))}  # fmt: skip
 
 
-PAST_VERSIONS = 200  # that are looked at, or carried to an approver elsewhere
+PAST_VERSIONS = 200  # that are carried to an approver elsewhere
 
 
-def past_versions(reader: Reader, header: Row) -> list[Row]:
-    """The versions before this one, newest first, with what their owners have signed."""
+def past_versions(reader: Reader, header: Row, since: int | None = None) -> list[Row]:
+    """The versions before this one, newest first, with what their owners have signed: back to version `since`, or the newest only."""
+    n = PAST_VERSIONS if since is None else header["version"] - max(since, 1)
     return [{"header": row["header"], "sealed": row["sealed_hash"], "seal": b64(bytes(row["signature"])), "delegation": carried_delegation(reader, row)}
-            for row in reader.all(VERSIONS_BEFORE, key=header["key"], version=header["version"], n=PAST_VERSIONS)]  # fmt: skip
+            for row in reader.all(VERSIONS_BEFORE, key=header["key"], version=header["version"], n=n)]  # fmt: skip
 
 
 def carried_delegation(reader: Reader, entry: Row) -> Row | None:
@@ -2802,12 +2809,16 @@ def delegated_version(vault: Vault, key: str, value: bytes) -> Row:
     document = check_delegation(row, {**header, "created": now}, person_of(vault.roster, header["owner"]) or {"sign": ""})
     if entry["delegation"] != row["seq"] and document["base"] != hash_of("header", header):
         raise RefusedError(f"the delegation for {key} was given with another version", hint)
-    if gone := {member for group in header["policy"]["all"] for member in group["members"]} - {fingerprint(person) for person in active(vault.roster)}:
+    people = {header["owner"], *(member for group in header["policy"]["all"] for member in group["members"])}
+    if gone := people - {fingerprint(person) for person in active(vault.roster)}:
         names = [str((person_of(vault.roster, member) or {"name": "?"})["name"]) for member in sorted(gone)]
-        raise DeniedError(f"{key} is shared with {', '.join(names)}, who was removed", hint)
+        raise DeniedError(f"{key} belongs to or is shared with {', '.join(names)}, who was removed", hint)
     keys = Keys(vault.machine.unwrap(bytes(row["private"]), statement("delegation-key", document)))
     fields = {name: field for name, field in header.items() if name not in ("suite", "commitment")}
-    return seal(keys, {**fields, "version": header["version"] + 1, "created": now}, value, vault.roster, row)
+    made = seal(keys, {**fields, "version": header["version"] + 1, "created": now}, value, vault.roster, row)
+    text = canonical(made["header"]).decode()
+    check_seal(text, sha256(made["sealed"]), made["signature"], vault.id, vault.roster, row)  # before it takes the old one's place
+    return made
 
 
 def secret_document(vault: Vault, entry: Row) -> Row:
@@ -2894,6 +2905,7 @@ TASK_WAITS = "SELECT 1 AS waits FROM htm_tasks WHERE task_id = :id AND status = 
 SECRET_CHANGED = "the secret was changed"
 LONGEST_GRANT = DAY  # whatever a request asks for
 LONGEST_STANDING = 366 * DAY
+SHORTEST_PREFIX = 3  # of what a template names with a star
 REQUEST_SHAPE: Fields = {
     "format": TEXT, "vault_id": TEXT, "consent_id": TEXT, "key": TEXT, "version": NUMBER, "header": TEXT, "sealed": TEXT, "mode": TEXT,
     "ephemeral": (dict, type(None)), "claimed": (dict,), "reported": (dict,), "risk": TEXT, "user": MAYBE_TEXT, "created": NUMBER, "answer_by": NUMBER,
@@ -2956,10 +2968,8 @@ def request_of(text: str) -> Row:
         parse_json(request["claimed"]["context"])
     except ValueError as error:
         raise RefusedError(f"a request {error}") from None
-    if standing:
-        terms = shaped(request["standing"], TERMS_SHAPE, "a request")
-        if not {terms["action"], terms["by"]} <= {"exact", "prefix"} or (terms["uses"] is not None and terms["uses"] < 1):
-            raise RefusedError("a standing request has odd terms")
+    if standing and odd_terms(shaped(request["standing"], TERMS_SHAPE, "a request"), request["claimed"]):
+        raise RefusedError("a standing request has odd terms")
     if request["risk"] not in RISK_LEVELS or (request["ephemeral"] is None) != (request["risk"] == "low"):
         raise RefusedError("a request has no known risk, or no key to answer to")
     if not set(request["requires"]) <= set(ROLES) or any(type(n) is not int or n != 1 for n in request["requires"].values()) \
@@ -2968,6 +2978,15 @@ def request_of(text: str) -> Row:
     if request["ephemeral"] is not None:
         shaped(request["ephemeral"], PUBLIC_SHAPE, "a request")
     return request
+
+
+def odd_terms(terms: Row, claimed: Row) -> bool:
+    """Whether a standing request asks for more than any may: free words, short beginnings, or a template without limits."""
+    kinds, template = {terms["action"], terms["by"]}, terms["template"] is not None
+    short = any(len(claimed[name]) < (SHORTEST_PREFIX if terms[name] == "prefix" else 1) for name in ("action", "by"))
+    endless = terms["uses"] is not None and terms["uses"] < 1
+    loose = (terms["uses"] is None or terms["follow"]) if template else "prefix" in kinds
+    return not kinds <= {"exact", "prefix"} or short or endless or loose or not NAME.fullmatch(claimed["action"])
 
 
 NO_REQUEST: Row = {"claimed": {"by": "?", "for": "?", "action": "?", "user": None, "context": "{}"}, "reported": {}, "risk": "critical", "user": None,
@@ -3506,10 +3525,10 @@ def asker_lives(row: Row) -> bool:
     return bool(row["boot_id"] == boot_id() and lives(row["pid"], row["pid_started"]))
 
 
-def build_case(tx: Tx, consent_id: str, who: str, member: str | None = None) -> Row:
+def build_case(tx: Tx, consent_id: str, who: str, member: str | None = None, seen: Seen | None = None) -> Row:
     """All that an approver needs, here or elsewhere, to judge a request and to sign; recorded before anything is signed.
 
-    With `member`, a fingerprint, only that approver's parts."""
+    With `member`, a fingerprint, only that approver's parts; with what he has `seen`, all versions since."""
     row = still_pending(get_consent(tx, consent_id), tx.now)
     entry = tx.one(GET_VERSION, key=row["secret_key"], version=row["secret_version"])
     newest = tx.one(NEWEST_VERSION, key=row["secret_key"])
@@ -3519,10 +3538,11 @@ def build_case(tx: Tx, consent_id: str, who: str, member: str | None = None) -> 
     check_story(tx, row, request)
     size, _ = record(tx, "consent.shown", row["consent_id"], {"key": row["secret_key"], "request": hash_of("request", request), "to": who})
     leaf, claimed = tx.value("SELECT leaf FROM audit_log WHERE seq = :seq", seq=size), request["claimed"]
+    since = seen.version_of(row["secret_key"]) if seen else None
     return {
         "format": "grace-case/1", "consent_id": row["consent_id"], "request": row["request"], "header": entry["header"],
         "sealed": sha256(bytes(entry["sealed"])), "seal": b64(bytes(entry["signature"])), "leaf": leaf,
-        "delegation": carried_delegation(tx, entry), "before": past_versions(tx, {"key": row["secret_key"], "version": row["secret_version"]}),
+        "delegation": carried_delegation(tx, entry), "before": past_versions(tx, {"key": row["secret_key"], "version": row["secret_version"]}, since),
         "rosters": [{"number": r["number"], "document": r["document"], "signature": b64(bytes(r["signature"]))} for r in tx.all(ROSTERS)],
         "rules": carried_rules(tx),
         "shares": [{"group": s["group_name"], "member": s["member"], "index": s["share_index"], "wrap": b64(bytes(s["wrap"]))}
@@ -3578,7 +3598,7 @@ class Review:
         if problem := approver.seen.odd_version(self.header):
             raise RefusedError(f"rolled back: {problem}")
         if problem := odd_succession(self.header, under, case["before"], approver.seen, approver.vault_id, approver.rosters):
-            raise RefusedError(problem)
+            raise RefusedError(problem, "when he has not looked for very long: let him approve once where the database is")
         self.request = checked_request(case["request"], self.header, case["sealed"], approver.vault_id)
         if self.request["consent_id"] != case["consent_id"]:
             raise RefusedError("the request belongs to another consent")
@@ -9957,7 +9977,7 @@ def judge(vault: Vault, approver: Approver, row: Row) -> tuple[Review, Row]:
     def show(tx: Tx) -> Row:
         if not extends(tx, approver.seen.audit):
             raise RefusedError("rolled back: the audit log is not the one that this approver has seen")
-        return build_case(tx, row["consent_id"], approver.name)
+        return build_case(tx, row["consent_id"], approver.name, seen=approver.seen)
 
     with refusals(vault.store, row["consent_id"], plain=False):
         case = vault.store.write(show)
@@ -10231,7 +10251,7 @@ TEMPLATE_SIGNERS = (opt("--approver", kind="name", multiple=True, help="Who sign
 def parse_pattern(text: str) -> tuple[str, str]:
     """('exact', text), or ('prefix', text) for one that ends in a star behind at least three characters."""
     stem = text.removesuffix("*")
-    if not stem or "*" in stem or "?" in stem or (stem != text and len(stem) < 3):
+    if not stem or "*" in stem or "?" in stem or (stem != text and len(stem) < SHORTEST_PREFIX):
         raise ValueError(f"{text[:60]!r} is neither an exact text nor at least three characters and a star at the end, such as backup*")
     return ("exact" if stem == text else "prefix"), check_text(stem, "it", 128)
 
