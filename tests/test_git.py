@@ -220,6 +220,31 @@ def test_a_push_asks_and_pushes_and_leaves_no_token(desk: Desk) -> None:
         assert TOKEN.encode() not in data and LOGIN.encode() not in data, path
 
 
+def test_under_a_standing_consent_a_push_asks_nobody(desk: Desk) -> None:
+    """What is asked once and approved for a month is pushed again and again; a fetch, or a push after it was taken back, asks."""
+    desk.secret("shop_token")
+    process = desk.start("push", "origin", "main")
+    desk.place.ok("consent", "approve", desk.waiting()["consent_id"], "--for", "30d", "--uses", "9", *desk.phrase)
+    process.communicate(timeout=LIMIT)
+    assert process.returncode == 0
+    for number in range(2):
+        desk.git("commit", "--allow-empty", "-m", f"change {number}")
+        _, err = desk.git("push", "origin", "main")
+        assert desk.head() == desk.git("rev-parse", "main")[0].strip() and "waiting" not in err
+    (standing,) = [row for row in desk.history() if row["mode"] == "standing"]
+    assert (standing["used_count"], standing["consent_status"], len(desk.leaves("secret.used"))) == (2, "approved", 3)
+    asking = desk.start("fetch", "origin")
+    assert desk.waiting()["requested_action"] == "git_fetch"
+    desk.place.ok("consent", "deny", desk.waiting()["consent_id"], "--reason", "only pushes")
+    assert asking.wait(LIMIT) != 0
+    desk.place.ok("consent", "revoke", standing["consent_id"], "--reason", "the month is over")
+    desk.git("commit", "--allow-empty", "-m", "one more")
+    asking = desk.start("push", "origin", "main")
+    assert desk.waiting()["requested_action"] == "git_push"
+    desk.place.ok("consent", "deny", desk.waiting()["consent_id"], "--reason", "no more")
+    assert asking.wait(LIMIT) != 0 and desk.head() != desk.git("rev-parse", "main")[0].strip()
+
+
 def test_a_denied_push_ends_with_the_reason(desk: Desk) -> None:
     """git stops, says why on stderr, and pushes nothing."""
     desk.secret("shop_token")
