@@ -10,16 +10,15 @@ import json
 import os
 import re
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import LIMIT, Place, shell
+from tests.conftest import GRACE, Place, shell
 from tests.test_cli import Terminal
-from tests.test_consent import FORK, Elsewhere, Row, World, byte_changed, copied, copy_rows, dying, put_row, steps_of, word_file
+from tests.test_consent import Elsewhere, Row, World, byte_changed, copied, copy_rows, dying, put_row, steps_of, word_file
 
 DAY = 86_400_000
 PEOPLE = {"anna": ("user", "governance"), "test_user": ("user",), "gov": ("governance",), "ben": ("user", "governance")}
@@ -134,7 +133,7 @@ def standing_ground(folder: Path) -> Place:
     word = word_file(folder, "anna")
     place.ok("config", "set", "vault.argon2_memory", "67108864")
     place.ok("init", "--name", "anna", "--passphrase-file", word)
-    shell(place, "renew", 'printf RENEWED-%s-canary "$GRACE_ATTEMPT" | grace secret rotate rot --delegated', "--max-attempts", "1")
+    shell(place, "renew", f'printf RENEWED-%s-canary "$GRACE_ATTEMPT" | {GRACE} secret rotate rot --delegated', "--max-attempts", "1")
     for name, roles in list(PEOPLE.items())[1:]:
         words = [word for role in roles for word in ("--role", role)]
         place.ok("approver", "add", name, *words, "--new-passphrase-file", word_file(folder, name), "--approver", "anna", "--passphrase-file", word)
@@ -385,6 +384,16 @@ def test_a_standing_request_of_a_longer_time_written_by_hand_is_cut(world: Stand
     assert world.m.lasts(request) == 366 * DAY
 
 
+def test_an_expired_secret_does_not_open(world: Standing, later: Callable[[float], None]) -> None:
+    """The end of the secret comes before that of the standing consent."""
+    world.set("job", VALUES["job"], "--expires", "1h")
+    world.people.clear()
+    standing_id = world.stand()
+    assert world.use() == VALUES["job"]
+    later(3_700_000)
+    assert barred(world) == "exit 5" and len(world.uses_of(standing_id)) == 1
+
+
 # ---- a person at the terminal
 
 
@@ -491,6 +500,21 @@ def test_user_and_governance_for_high_risk(world: Standing) -> None:
     assert (two.status, two.json["consent_status"], two.json["governance_approved"]) == (0, "approved", True), two.err
     assert world.collect(asking.consent_id) == world.use("high") == VALUES["high"]
     assert {(a["group"], a["approver"]) for a in two.json["approvals"]} == {("user", "ben"), ("governance", "gov")}
+
+
+def test_one_person_who_is_all_approvers_signs_twice(world: Standing) -> None:
+    """While there is one approver: at high risk each role by its own name, the first alone opens nothing."""
+    world.ok("secret", "remove", "pair")
+    for name in ("test_user", "gov", "ben"):
+        world.ok("approver", "remove", name, *world.as_("anna"))
+    world.ok("secret", "set", "alone", "--risk", "high", "--allow-standing", *("--owner", *world.as_("anna")[1:]), stdin=b"ALONE")
+    asking = world.query("alone", mode="collect")
+    assert world.approval(asking.consent_id, "--for", "7d").status == 2, "he has to say for which role"
+    assert world.approval(asking.consent_id, "--for", "7d", "--as", "user").status == 0
+    assert world.asks("alone", program="other") and world.lasting() == []
+    done = world.approval(asking.consent_id, "--for", "7d", "--as", "governance")
+    assert (done.status, len(world.lasting())) == (0, 1), done.err
+    assert world.use("alone") == world.collect(asking.consent_id) == b"ALONE"
 
 
 def test_a_first_signature_without_a_second_opens_nothing(world: Standing) -> None:
@@ -661,6 +685,16 @@ def test_a_denied_one_forced_by_hand_opens_nothing(world: Standing) -> None:
     world.shut("it was denied already")
 
 
+def test_a_grant_that_names_a_leaf_which_is_not_there(world: Standing) -> None:
+    """What was shown to the approver is cut off the log before anybody else has seen it: his signature alone opens nothing."""
+    standing_id = world.file()
+    signed, _ = world.signed(standing_id, "anna")
+    world.attack("DELETE FROM audit_log WHERE seq = (SELECT MAX(seq) FROM audit_log)")
+    insert_grants(world, standing_id, signed)
+    world.attack("UPDATE secret_consent_records SET consent_status = 'approved', approved_at = 1, grant_expires_at = 9000000000000")
+    world.shut("names a leaf that is not in the audit log")
+
+
 def insert_grants(world: Standing, consent_id: str, signed: list[Row]) -> None:
     for item in signed:
         grant, wrap = json.loads(item["document"]), world.m.from_b64(item["wrap"], "x") if item["wrap"] is not None else None
@@ -708,7 +742,7 @@ def test_every_field_of_a_standing_request_is_bound(world: Standing) -> None:
     rows, said = world.rows(standing_id), []
     request = json.loads(rows["secret_consent_records"][0]["request"])
     changes = dict(canonical_changes(world, request, ("claimed", "reported", "standing", "ephemeral")))
-    for name, value in {"uses": 50, "action": "prefix", "by": "prefix", "follow": True, "template": "t", "origin": standing_id}.items():
+    for name, value in {"uses": 50, "action": "prefix", "by": "prefix", "follow": True, "template": "t", "origin": standing_id, "until": 1}.items():
         changes[f"term {name}"] = world.m.canonical({**request, "standing": {**request["standing"], name: value}}).decode()
     for what, text in changes.items():
         world.put_back(rows, request=text, **({"max_uses": 50} if what == "term uses" else {}))
@@ -809,6 +843,25 @@ def test_an_odd_standing_request_is_not_signed(world: Standing, change: Row) -> 
     assert error.value.exit_code == 5 and "consent.signed" not in world.kinds()
 
 
+ODD_TERMS: dict[str, tuple[Row, Row]] = {
+    "all actions of all requesters": ({"action": "prefix", "by": "prefix", "template": "t", "uses": 5}, {"action": "", "by": ""}),
+    "a short stem": ({"action": "prefix", "template": "t", "uses": 5}, {"action": "b"}), "a template without uses": ({"template": "t"}, {}),
+    "a template that follows": ({"template": "t", "uses": 5, "follow": True}, {}), "a prefix outside a template": ({"action": "prefix"}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", [*ODD_TERMS])
+def test_terms_that_no_command_writes_are_not_signed(world: Standing, what: str) -> None:
+    """A program files them with the log to match: prefixes of nothing, outside of templates, templates without uses, or that follow."""
+    terms, claimed = ODD_TERMS[what]
+    standing_id = world.file()
+    request = json.loads(world.row(standing_id)["request"])
+    wide = {**request, "standing": {**request["standing"], **terms}, "claimed": {**request["claimed"], **claimed}}
+    rewritten(world, standing_id, wide)
+    world.attack("UPDATE secret_consent_records SET max_uses = :uses WHERE consent_id = :id", uses=terms.get("uses"), id=standing_id)
+    world.shut("", lambda: world.approve(standing_id, "anna"))
+
+
 def test_signatures_of_the_wrong_people_do_not_count(world: Standing) -> None:
     """By a user-only approver for governance, by a stranger, by the machine, by one person twice: refused with the cause."""
     standing_id = world.file("high")
@@ -844,72 +897,3 @@ def test_after_its_approver_is_gone_a_person_is_asked_again(world: Standing) -> 
     world.ok("approver", "remove", "ben", *world.as_("anna"))
     world.people.clear()
     assert barred(world) == "asked"
-
-
-# ---- what the person was shown
-
-
-def test_only_a_standing_consent_like_the_request_is_signed_with_it(world: Standing) -> None:
-    """A program has filed a standing request of its own that says it began with this one, for another secret: --for does not sign it."""
-    asking = world.query("job", mode="collect")
-    planted = world.file("second", days=30, origin=asking.consent_id)
-    done = world.call("consent", "approve", asking.consent_id, *world.as_("anna"), "--for", "30d")
-    assert "second" not in done.err, "the person was not shown the other secret"
-    assert world.store.all(GRANTS, id=planted) == [] and world.asks("second")
-
-
-def waiting_standing(world: Standing, out: Any, **of: Any) -> int:
-    """A process that files a standing request and stays."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            world.m._last_id[:] = 0, "", 0
-            out.put(world.file(**of))
-            signal.pause()
-        finally:
-            os._exit(0)
-    return pid
-
-
-def test_standing_requests_on_other_terms_are_not_answered_together(world: Standing) -> None:
-    """Two processes of one program ask in the same words, one for an hour and one use, one for a year: a yes to the first is none to the second."""
-    world.close()
-    ids, pids = FORK.Queue(), []
-    try:
-        pids.append(waiting_standing(world, ids, days=1 / 24, uses=1))
-        short = ids.get(timeout=LIMIT)
-        pids.append(waiting_standing(world, ids, days=366, follow=True))
-        long = ids.get(timeout=LIMIT)
-        done = world.call("consent", "approve", short, *world.as_("anna"))
-        assert done.status == 0 and world.status(short) == "approved", done.err
-        assert "STANDING for 366d" not in done.err, "the person was not shown the other terms"
-        assert world.status(long) == "pending"
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-
-
-def test_a_template_signs_what_was_shown(world: Standing, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the person reads, a program writes another requester and more uses into the filed request: that is not what is signed."""
-    shown = world.m.confirmed
-
-    def swapping(review: Any, code: str | None, source: str | None) -> None:
-        (row,) = [row for row in world.store.all(world.m.PENDING) if row["mode"] == "standing"]
-        request = json.loads(row["request"])
-        rewritten(world, row["consent_id"], {**request, "claimed": {**request["claimed"], "by": "attacker"}})
-        shown(review, code, source)
-
-    monkeypatch.setattr(world.m, "confirmed", swapping)
-    world.close()
-    done = world.call("consent", "template", "add", "t", "--secret", "job", "--action", "backup", "--by", "nightly", "--for", "7d", "--uses", "9",
-                      *world.as_("anna"))  # fmt: skip
-    assert "attacker" not in done.err
-    assert world.asks(by="attacker")
-
-
-def test_an_approver_is_not_held_up_by_the_limit_on_requesters(world: Standing) -> None:
-    """A job that asked five times: the answer to the first can be a standing consent."""
-    askings = [world.query(mode="collect", action=f"a{number}") for number in range(5)]
-    done = world.approval(askings[0].consent_id, "--for", "1d")
-    assert (done.status, len(world.lasting())) == (0, 1), done.err

@@ -1,5 +1,5 @@
 """Templates: signed beforehand for named secrets, limited in time and uses, and gone when they are removed. And what all
-standing consents share: six processes at once, what doctor says of them, and that no value lies on the disk.
+standing consents share: that only what was shown is signed, six processes at once, what doctor says, and no value on the disk.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import LIMIT
 from tests.test_cli import Terminal
 from tests.test_consent import FORK
-from tests.test_standing import BOTH, DAY, VALUES, Standing, barred, later, world
+from tests.test_standing import BOTH, DAY, GRANTS, VALUES, Standing, barred, later, rewritten, world
 
 __all__ = ["later", "world"]  # fixtures
 TERMS = {"--action": "backup", "--by": "nightly", "--for": "30d", "--uses": "5"}
@@ -322,7 +322,8 @@ def test_a_template_written_by_hand_opens_nothing(world: Standing) -> None:
     for change in ({"action": "prefix"}, {"by": "prefix"}, {"uses": 500}, {"template": "u"}, {"template": None}, {"follow": True}):
         text = world.m.canonical({**request, "standing": {**request["standing"], **change}}).decode()
         world.attack("UPDATE secret_consent_records SET request = :text, max_uses = :uses", text=text, uses=change.get("uses", 5))
-        assert barred(world) not in ("asked", "exit 4"), change
+        said = barred(world)  # a template that follows is none that there can be: a person is asked, as if it were not there
+        assert said == "asked" if "follow" in change else said not in ("asked", "exit 4"), change
     world.attack("UPDATE secret_consent_records SET request = :text, max_uses = 5", text=row["request"])
 
 
@@ -333,6 +334,97 @@ def test_a_removed_template_put_back_is_refused(world: Standing) -> None:
     world.ok("consent", "template", "remove", "t")
     world.put_back(rows)
     assert "revoked already" in barred(world)
+
+
+# ---- what the person was shown
+
+
+def test_only_a_standing_consent_like_the_request_is_signed_with_it(world: Standing) -> None:
+    """A program has filed a standing request of its own that says it began with this one, for another secret: --for does not sign it."""
+    asking = world.query("job", mode="collect")
+    planted = world.file("second", days=30, origin=asking.consent_id)
+    done = world.call("consent", "approve", asking.consent_id, *world.as_("anna"), "--for", "30d")
+    assert "second" not in done.err, "the person was not shown the other secret"
+    assert world.store.all(GRANTS, id=planted) == [] and world.asks("second")
+
+
+def waiting_standing(world: Standing, out: Any, **of: Any) -> int:
+    """A process that files a standing request and stays."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            world.m._last_id[:] = 0, "", 0
+            out.put(world.file(**of))
+            signal.pause()
+        finally:
+            os._exit(0)
+    return pid
+
+
+def test_standing_requests_on_other_terms_are_not_answered_together(world: Standing) -> None:
+    """Two processes of one program ask in the same words, one for an hour and one use, one for a year: a yes to the first is none to the second."""
+    world.close()
+    ids, pids = FORK.Queue(), []
+    try:
+        pids.append(waiting_standing(world, ids, days=1 / 24, uses=1))
+        short = ids.get(timeout=LIMIT)
+        pids.append(waiting_standing(world, ids, days=366, follow=True))
+        long = ids.get(timeout=LIMIT)
+        done = world.call("consent", "approve", short, *world.as_("anna"))
+        assert done.status == 0 and world.status(short) == "approved", done.err
+        assert "STANDING for 366d" not in done.err, "the person was not shown the other terms"
+        assert world.status(long) == "pending"
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def test_a_template_signs_what_was_shown(world: Standing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the person reads, a program writes another requester and more uses into the filed request: that is not what is signed."""
+    shown = world.m.confirmed
+
+    def swapping(review: Any, code: str | None, source: str | None) -> None:
+        (row,) = [row for row in world.store.all(world.m.PENDING) if row["mode"] == "standing"]
+        request = json.loads(row["request"])
+        rewritten(world, row["consent_id"], {**request, "claimed": {**request["claimed"], "by": "attacker"}})
+        shown(review, code, source)
+
+    monkeypatch.setattr(world.m, "confirmed", swapping)
+    world.close()
+    done = world.call("consent", "template", "add", "t", "--secret", "job", "--action", "backup", "--by", "nightly", "--for", "7d", "--uses", "9",
+                      *world.as_("anna"))  # fmt: skip
+    assert "attacker" not in done.err
+    assert world.asks(by="attacker")
+
+
+def test_an_approver_is_not_held_up_by_the_limit_on_requesters(world: Standing) -> None:
+    """A job that asked five times: the answer to the first can be a standing consent."""
+    askings = [world.query(mode="collect", action=f"a{number}") for number in range(5)]
+    done = world.approval(askings[0].consent_id, "--for", "1d")
+    assert (done.status, len(world.lasting())) == (0, 1), done.err
+
+
+def test_watch_shows_the_terms_before_the_question(world: Standing) -> None:
+    """A standing request comes up like any other, with its time, its uses and that nobody is asked again."""
+    standing_id = world.file(uses=7, days=30)
+    terminal = Terminal(world.place, "consent", "watch", "--approver", "anna", columns=200)
+    terminal.until("Passphrase of")
+    terminal.type("the sentence of anna\n")
+    terminal.until("[q]uit")
+    for part in ("STANDING for 30d, at most 7 times", "action backup, asked by nightly", "nobody is asked again"):
+        assert part in terminal.text, part
+    terminal.type("a\n")
+    terminal.until(f"{standing_id}  approved")
+    terminal.type("\x03")
+    terminal.end()
+    assert world.use() == VALUES["job"]
+
+
+def test_a_program_cannot_flood_with_standing_requests(world: Standing) -> None:
+    """Five may wait, as of any other request; and one that is answered by a standing consent waits for nobody."""
+    line = ("consent", "request", "job", "--for", "x", "--by", "j", "--standing", "1d")
+    assert [world.call(*line, "--action", f"a{number}").status for number in range(6)] == [0, 0, 0, 0, 0, 5]
 
 
 # ---- six at once
