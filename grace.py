@@ -7822,7 +7822,7 @@ class LazyGroup(click.Group):
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         path = f"{self.path} {name}".strip()
-        if path in GROUPS:
+        if name and path in GROUPS:
             fn, parameters = COMMANDS[path].get("", (None, ()))
             if fn is None:
                 return LazyGroup(path, help=GROUPS[path], no_args_is_help=False)

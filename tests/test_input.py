@@ -98,11 +98,11 @@ def commands(module: Any) -> Iterator[tuple[str, ...]]:
     """The words of every command, the groups' own included."""
     for group, members in module.COMMANDS.items():
         for name in members:
-            yield tuple(word for word in (group, name) if word)
+            yield (*group.split(), *name.split())
 
 
 def built(module: Any, words: tuple[str, ...]) -> click.Command:
-    group, name = (words[0], words[1]) if len(words) == 2 else (words[0], "") if words[0] in module.GROUPS else ("", words[0])
+    group, name = (" ".join(words), "") if " ".join(words) in module.GROUPS else (" ".join(words[:-1]), words[-1])
     command: click.Command = module.build_command(name, *module.COMMANDS[group][name])
     return command
 
@@ -202,6 +202,9 @@ VAULT_GOOD: dict[str, dict[str, str]] = {  # what makes each vault command succe
     "consent approve": {"id": "{pending}", "approver": "anna", "passphrase_file": "{anna}"}, "consent export": {"id": "{pending}"},
     "consent import": {"file": "{approval}"}, "consent deny": {"id": "{pending}", "reason": "no"}, "consent withdraw": {"id": "{pending}"},
     "consent revoke": {"id": "{approved}", "reason": "no"}, "consent wait": {"id": "{approved}"}, "audit list": {}, "audit export": {},
+    "consent template add": {"name": "other", "keys": "shop", "action": "tidy", "by": "cron", "grant_for": "1d", "uses": "3", "approver": "anna",
+                             "passphrase_file": "{anna}"}, "consent template list": {}, "consent template remove": {"name": "night"},
+    "consent template refresh": {"name": "night", "keys": "shop", "approver": "anna", "passphrase_file": "{anna}"},
     "consent watch": {"approver": "anna", "passphrase_file": "{anna}"}, "audit verify": {"approver": "anna", "passphrase_file": "{anna}"},
     "audit anchor": {"approver": "anna", "passphrase_file": "{anna}"},
     "policy add": {"name": "other", "effect": "deny", "by": "nobody", "approver": "anna", "passphrase_file": "{anna}"}, "policy list": {},
@@ -227,6 +230,8 @@ def safe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     place.ok("consent", "export", ids["pending"], "--out", "case")
     place.ok("consent", "approve", "--in", "case", "--out", "approval", *anna)
     place.ok("consent", "approve", ids["approved"], *anna)
+    place.ok("secret", "set", "second", "--value-file", "value", *anna)
+    place.ok("consent", "template", "add", "night", "--secret", "second", "--action", "tidy", "--by", "cron", "--for", "1d", "--uses", "3", *anna)
     place.ok("policy", "add", "quiet", "allow", "--by", "nobody at all", *anna)
     place.ok("approver", "add", "ben", "--role", "user", "--role", "governance", "--new-passphrase-file", "ben", *anna)
     place.ok("approver", "export", "ben", "--out", "bundle")
