@@ -8830,14 +8830,30 @@ def passphrase(source: str | None, whose: str, new: bool = False, option: str = 
         return passphrase_file(source, option)
     if not has_terminal():
         raise LockedError(f"the passphrase of {whose} is needed, and there is no terminal to ask on", "name a file with --passphrase-file")
-    import getpass
-
-    typed = getpass.getpass(f"Passphrase of {whose}: ")
-    if new and getpass.getpass("The same again: ") != typed:
-        raise UsageError("the two passphrases differ", "nothing was changed; try again")
+    typed = hidden_line(f"Passphrase of {whose}: ")
     if not typed:
         raise DeniedError("no passphrase was given")
+    if new and hidden_line("The same again: ") != typed:
+        raise UsageError("the two passphrases differ", "nothing was changed; try again")
+    if new and len(typed) < SHORT_PASSPHRASE:
+        sys.stderr.write(f"grace: {len(typed)} characters can be guessed once the key file was copied; change it with: grace approver passwd\n")
     return typed.encode(errors="surrogateescape")
+
+
+SHORT_PASSPHRASE = 12  # characters, below which a person is warned
+
+
+def hidden_line(prompt: str) -> str:
+    """What a person types without seeing it; empty at the end of input."""
+    import getpass
+
+    try:
+        return getpass.getpass(prompt)
+    except EOFError:
+        return ""
+    except KeyboardInterrupt:
+        sys.stderr.write("\n")
+        raise
 
 
 def passphrase_file(source: str, option: str) -> bytes:
@@ -8920,8 +8936,9 @@ def init_command(app: App, name: str | None, machine: bool, passphrase_file: str
 
     def plain() -> None:
         show_record({key: value for key, value in done.items() if key != "roles"})
-        write_out(f"\n{first} is user and governance in one person: high and critical risk ask him twice, but nobody else. There is no way\n"
-                  "back from a lost passphrase: keep it, or add a recovery approver with: grace approver add NAME --role user --role governance")  # fmt: skip
+        write_out(f"\n{first} is user and governance in one person: high and critical risk\nask twice, but nobody else. "
+                  "A lost passphrase is a lost vault, unless there is\na second approver: grace approver add NAME --role user --role governance\n"
+                  "Store a first secret: grace secret set KEY")  # fmt: skip
 
     app.show(done, plain)
 
@@ -9224,9 +9241,7 @@ def read_value(source: str | None, raw: bool, passphrase_source: str | None, key
     if source in (None, "-") and passphrase_source == "-":
         raise UsageError("the value and the passphrase cannot both come from stdin", "name a file for one of them")
     if source is None and os.isatty(0):
-        import getpass
-
-        value = getpass.getpass(f"Value of {key}: ").encode(errors="surrogateescape")
+        value = hidden_line(f"Value of {key}: ").encode(errors="surrogateescape")
     else:
         try:
             with open(0 if source in (None, "-") else source, "rb", closefd=source not in (None, "-")) as file:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import GRACE, Place, need, until
+from tests.test_cli import Terminal
 
 VALUE = "canary-31b7/+=&x"
 FLOOR = str(64 << 20)
@@ -307,3 +308,30 @@ def test_a_stolen_machine_key_opens_nothing_new(vault: Place) -> None:
         (keys / name).write_bytes(data)
     assert "another text" not in vault.call("secret", "get", "motd", "--action", "read", "--for", "a test").out
     assert vault.call("secret", "get", "motd", "--action", "read", "--for", "a test").status == 5
+
+
+# ---- at the prompt
+
+
+@pytest.mark.parametrize("key", ["\x04", "\x03", "\n"])
+def test_no_passphrase_at_the_prompt(place: Place, key: str) -> None:
+    """End of input, Ctrl-C and an empty line make no vault; the message stands on a line of its own."""
+    terminal = Terminal(place, "init", "--name", "anna")
+    terminal.until("Passphrase of anna: ")
+    terminal.type(key)
+    status, text = terminal.end()
+    assert status == (130 if key == "\x03" else 5) and "internal" not in text and "Traceback" not in text
+    assert ("\ngrace: no passphrase was given" in text) == (key != "\x03")
+    assert place.call("approver", "list").status == 7
+
+
+def test_a_short_passphrase_is_warned_of(place: Place) -> None:
+    """It is taken, and said to be weak; what init says fits into eighty columns."""
+    place.ok("config", "set", "vault.argon2_memory", FLOOR)
+    terminal = Terminal(place, "init", "--name", "anna")
+    for prompt in ("Passphrase of anna: ", "The same again: "):
+        terminal.until(prompt)
+        terminal.type("short\n")
+    status, text = terminal.end()
+    assert status == 0 and "5 characters can be guessed" in text and "grace secret set KEY" in text
+    assert max(len(line) for line in text.splitlines() if "key_file" not in line and "fingerprint" not in line) <= 110
