@@ -1211,14 +1211,14 @@ def _on_alarm(signum: int, frame: Any) -> None:
     raise _StoodStillError
 
 
-def wait_for_lock(fd: int) -> None:
+def wait_for_lock(fd: int, what: str = "the writers' queue") -> None:
     """Take the flock, however long the queue, as long as it moves; DatabaseError once it stood still for 30 s."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return
     except OSError as error:
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise DatabaseError(f"cannot lock the writers' queue: {error.strerror}") from error
+            raise DatabaseError(f"cannot lock {what}: {error.strerror}") from error
     previous = signal.signal(signal.SIGALRM, _on_alarm)
     seen = os.pread(fd, 120, 0)
     try:
@@ -1231,7 +1231,7 @@ def wait_for_lock(fd: int) -> None:
                 holder = os.pread(fd, 120, 0)
                 if holder == seen:
                     who = holder.decode(errors="replace").split()
-                    raise DatabaseError(f"the writers' queue has stood still for {STANDSTILL} s, held by process {' '.join(who[:1] + who[2:]) or '?'}",
+                    raise DatabaseError(f"{what} has stood still for {STANDSTILL} s, held by process {' '.join(who[:1] + who[2:]) or '?'}",
                                         "see what that process is doing; end it if it hangs") from None  # fmt: skip
                 seen = holder
     finally:
@@ -1763,6 +1763,7 @@ GET_DELEGATION = "SELECT * FROM secret_delegations WHERE seq = :seq"
 NEWEST_DELEGATION = "SELECT * FROM secret_delegations WHERE secret_key = :key AND private IS NOT NULL ORDER BY seq DESC LIMIT 1"
 PUT_DELEGATION = """INSERT INTO secret_delegations (secret_key, document, signature, private, created_at)
   VALUES (:key, :document, :signature, :private, :now)"""
+END_ALL_DELEGATIONS = "UPDATE secret_delegations SET private = NULL WHERE private IS NOT NULL"
 END_DELEGATIONS = "UPDATE secret_delegations SET private = NULL WHERE secret_key = :key AND private IS NOT NULL"
 DROP_SHARES = "DELETE FROM secret_shares WHERE secret_key = :key"
 MARK_ROTATION = "UPDATE secret_entries SET rotate_reason = :reason WHERE secret_key = :key AND sealed IS NOT NULL"
@@ -2006,7 +2007,9 @@ def folder_lock(folder: str) -> Iterator[None]:
     """One process at a time in a vault's directory."""
     fd = os.open(os.path.join(folder, ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        wait_for_lock(fd, f"the lock of {folder}")
+        with contextlib.suppress(OSError):  # for whoever waits, and in vain; a full disk is no reason to wait
+            os.pwrite(fd, f"{os.getpid()} {time.monotonic_ns()} vault".ljust(120)[:120].encode() + b"\n", 0)
         yield
     finally:
         os.close(fd)
@@ -2058,22 +2061,27 @@ class Seen:
 
     def learn(self, roster: tuple[int, str] | None = None, audit: tuple[int, str] | None = None, header: Row | None = None, machine: str = "",
               rules: tuple[int, str] | None = None) -> None:  # fmt: skip
-        """Remember what is newer than what was seen, whoever else is writing."""
-        with folder_lock(os.path.dirname(self.path)):
-            self.load()
-            before = self._data()
-            self.roster = max(self.roster, roster or self.roster)
-            self.audit = max(self.audit, audit or self.audit)
-            self.rules = max(self.rules, rules or self.rules)
-            if header:
-                known = self.secrets.get(header["key"], [0, "", False])
-                if header["version"] > known[0]:
-                    self.secrets[header["key"]] = [header["version"], hash_of("header", header), known[2] or header["owner"] != machine]
-            if self._data() != before:
-                self._save_if_possible()
+        """Remember what is newer than what was seen, whoever else is writing.
+
+        What is learned is learned after the fact: a lock that nobody gives back must not turn what has happened into a failure."""
+        try:
+            with folder_lock(os.path.dirname(self.path)):
+                self.load()
+                before = self._data()
+                self.roster = max(self.roster, roster or self.roster)
+                self.audit = max(self.audit, audit or self.audit)
+                self.rules = max(self.rules, rules or self.rules)
+                if header:
+                    known = self.secrets.get(header["key"], [0, "", False])
+                    if header["version"] > known[0]:
+                        self.secrets[header["key"]] = [header["version"], hash_of("header", header), known[2] or header["owner"] != machine]
+                if self._data() != before:
+                    self._save_if_possible()
+        except DatabaseError as error:
+            sys.stderr.write(f"grace: what was seen could not be written to {self.path}: {error.message}\n")
 
     def _save_if_possible(self) -> None:
-        """What is learned is learned after the fact: a disk without room must not turn what has happened into a failure."""
+        """The same for a disk without room."""
         try:
             self.save()
         except OSError as error:
@@ -2800,6 +2808,8 @@ def resealed_low(store: Store, entry: Row, person: Approver, machine: Keys, rost
 def delegated_version(vault: Vault, key: str, value: bytes) -> Row:
     """A new value sealed in its owner's name, as he has allowed it to rotations; with keys that can read none. DeniedError, LockedError."""
     store = vault.store
+    if vault.rolled_back(store):
+        raise RefusedError("rolled back: the audit log or the list of approvers is not the one that this machine has seen")
     entry, header = vault.current(store, key)
     row = store.one(NEWEST_DELEGATION, key=key)
     hint = f"let its owner seal it anew: grace secret rotate {key}"
@@ -2875,8 +2885,9 @@ USE_STANDING = """UPDATE secret_consent_records SET used_count = used_count + 1,
   WHERE consent_id = :id AND mode = 'standing' AND consent_status = 'approved' AND (max_uses IS NULL OR used_count < max_uses)"""
 STANDING_OF = """SELECT * FROM secret_consent_records WHERE secret_key = :key AND mode = 'standing' AND consent_status = 'approved'
   ORDER BY seq"""
-OPEN_STANDING = """SELECT * FROM secret_consent_records WHERE mode = 'standing' AND consent_status IN ('pending', 'approved')
-  ORDER BY seq"""
+UNDER_STANDING = """SELECT * FROM secret_consent_records WHERE standing_id = :id AND consent_status = 'approved' ORDER BY seq"""
+OPEN_FOR_MACHINE = """SELECT * FROM secret_consent_records WHERE mode IN ('standing', 'collect')
+  AND consent_status IN ('pending', 'approved') ORDER BY seq"""
 STANDING_FROM = """SELECT * FROM secret_consent_records WHERE mode = 'standing' AND consent_status = 'pending'
   AND json(request) -> 'standing' ->> 'origin' = :id ORDER BY seq LIMIT 20"""
 PUT_STANDING_PART = """INSERT INTO standing_parts (consent_id, version, group_name, approver, wrap, signature)
@@ -2902,7 +2913,7 @@ CONSENTS_OF_TASK = """SELECT consent_id, secret_key, consent_status, mode, grant
     request, json(request) -> 'claimed' ->> 'action' AS action
   FROM secret_consent_records WHERE task_id = :id AND mode = 'collect' ORDER BY seq"""
 TASK_WAITS = "SELECT 1 AS waits FROM htm_tasks WHERE task_id = :id AND status = 'blocked' AND reason = 'waiting_consent'"
-SECRET_CHANGED = "the secret was changed"
+SECRET_CHANGED, MACHINE_CHANGED, SIGNER_GONE = "the secret was changed", "this machine has a new key", ", who signed it, was removed"
 LONGEST_GRANT = DAY  # whatever a request asks for
 LONGEST_STANDING = 366 * DAY
 SHORTEST_PREFIX = 3  # of what a template names with a star
@@ -2915,6 +2926,8 @@ STANDING_SHAPE: Fields = {**REQUEST_SHAPE, "standing": (dict,)}
 TERMS_SHAPE: Fields = {"uses": MAYBE_NUMBER, "action": TEXT, "by": TEXT, "follow": (bool,), "template": MAYBE_TEXT, "origin": MAYBE_TEXT,
                        "until": MAYBE_NUMBER}  # fmt: skip
 CLAIMED_SHAPE: Fields = {"by": TEXT, "for": TEXT, "action": TEXT, "user": MAYBE_TEXT, "context": TEXT}
+REPORTED_SHAPE: Fields = {"pid": NUMBER, "started": MAYBE_NUMBER, "boot": TEXT, "uid": NUMBER, "program": TEXT, "exe": MAYBE_TEXT, "argv": TEXT, "cwd": TEXT,
+                          "task": MAYBE_TEXT}  # fmt: skip
 PUBLIC_SHAPE: Fields = {"hpke": TEXT, "sign": TEXT}
 GRANT_SHAPE: Fields = {
     "format": TEXT, "request": TEXT, "group": TEXT, "approver": TEXT, "index": NUMBER, "mode": TEXT, "expires": NUMBER, "max_uses": NUMBER, "leaf": TEXT,
@@ -2965,6 +2978,7 @@ def request_of(text: str) -> Row:
         standing = parsed.get("format") == "grace-standing/1"
         request = shaped(parsed, STANDING_SHAPE if standing else REQUEST_SHAPE, "a request")
         shaped(request["claimed"], CLAIMED_SHAPE, "a request")
+        shaped(request["reported"], REPORTED_SHAPE, "a request")
         parse_json(request["claimed"]["context"])
     except ValueError as error:
         raise RefusedError(f"a request {error}") from None
@@ -3346,10 +3360,10 @@ def standing_for(tx: Tx, vault: Vault, request: Row) -> Row | None:
     return None
 
 
-def end_standing(tx: Tx, approver: str | None, reason: str) -> None:
-    """End the standing consents that an approver has signed, or all of them, because they hold no longer."""
-    for row in tx.all(OPEN_STANDING):
-        if approver is None or any(grant["approver"] == approver for grant in tx.all(GRANTS_OF, id=row["consent_id"])):
+def end_standing(tx: Tx, approver: str, reason: str) -> None:
+    """End the standing consents that an approver has signed, because they hold no longer."""
+    for row in tx.all(OPEN_FOR_MACHINE):
+        if row["mode"] == "standing" and any(grant["approver"] == approver for grant in tx.all(GRANTS_OF, id=row["consent_id"])):
             close_consent(tx, row, REVOKE, "revoked", reason, now=tx.now)
 
 
@@ -3368,6 +3382,8 @@ def file_standing(tx: Tx, vault: Vault, spec: Row) -> Row:
 
     `spec`: key, claimed, reported, risk, user, timeout_ms, grant_for (ms), the terms, and `limited` where a requester files it
     himself. UsageError where there can be none."""
+    if vault.rolled_back(tx):
+        raise RefusedError("rolled back: the audit log is not the one that this machine has seen")
     entry, header = vault.current(tx, spec["key"])
     told = rule_on(tx, vault, header, spec["claimed"], highest_risk(header["risk"], header["action_risks"].get(spec["claimed"]["action"]), spec["risk"]))
     risk = told["risk_level"]
@@ -3413,7 +3429,8 @@ def task_requester(by: str) -> str:
 def wish_state(consents: list[Row], key: str, action: str, now: int) -> tuple[str, Row | None]:
     """What has become of one secret that a task needs: ready, waiting, missing or refused; and the newest consent for it."""
     row = next((row for row in reversed(consents) if (row["secret_key"], row["action"]) == (key, action)), None)
-    if row is None or row["consent_status"] == "used" or row["expired_reason"] == "grant_ended" or row["revocation_reason"] == SECRET_CHANGED:
+    over = row is not None and (row["consent_status"] == "used" or row["expired_reason"] == "grant_ended")
+    if row is None or over or row["revocation_reason"] in (SECRET_CHANGED, MACHINE_CHANGED):
         return "missing", row
     if row["consent_status"] == "approved" and now < (row["grant_expires_at"] or 0):
         return "ready", row
@@ -3477,6 +3494,8 @@ def spend(tx: Tx, consent_id: str, request: Row, standing_id: str | None = None)
         to_shred(tx)
     if standing_id is not None and get_consent(tx, standing_id)["consent_status"] == "used":
         drop_standing(tx, standing_id)
+        for row in tx.all(UNDER_STANDING, id=standing_id):  # approved by it, and too late
+            close_consent(tx, row, EXPIRE, "expired", "grant_ended")
     emit(tx, "secrets.consent.used", consent_id, {"consent_id": consent_id, "secret_key": request["key"], "version": request["version"],
                                                   "requested_by": request["claimed"]["by"], "requested_action": request["claimed"]["action"],
                                                   "standing_id": standing_id})  # fmt: skip
@@ -3733,6 +3752,8 @@ def close_consent(tx: Tx, row: Row, sql: str, kind: str, reason: str | None, **m
     drop_standing(tx, row["consent_id"])
     if row["mode"] == "standing" and row["consent_status"] == "approved" and kind == "revoked":
         tx.many(MARK_ROTATION, [{"key": row["secret_key"], "reason": "a standing consent to use it was revoked; old copies may still open"}])
+    for covered in tx.all(UNDER_STANDING, id=row["consent_id"]):
+        close_consent(tx, covered, sql, kind, reason, **more)
     emit(tx, f"secrets.consent.{kind}", row["consent_id"], {"consent_id": row["consent_id"], "secret_key": row["secret_key"], "reason": reason})
     record(tx, f"consent.{kind}", row["consent_id"], {"key": row["secret_key"], "reason": reason, "uid": os.geteuid(), "signed": False})
     return True
@@ -3861,6 +3882,11 @@ def claim_parts(tx: Tx, vault: Vault, consent_id: str, keys: Keys | None, own_re
     if header["expires"] is not None and tx.now >= header["expires"]:
         raise RefusedError(f"{header['key']} has expired")
     parts: dict[str, dict[int, bytes]] = {}
+    if request["risk"] == "low":
+        with contextlib.suppress(RefusedError):  # where the rules do not verify, low stays open: as when it is asked for
+            held = vault.rules(tx)
+            if problem := ruled_out(held, header, request, tx.now):
+                raise DeniedError(problem)
     if row["standing_id"] is not None:
         parts = standing_parts(tx, vault, row["standing_id"], entry, header, request)
     elif request["ephemeral"] is not None:
@@ -3971,6 +3997,8 @@ def refuse_closed(row: Row) -> None:
     if status in ("denied", "revoked"):
         reason = row["denial_reason"] if status == "denied" else row["revocation_reason"]
         raise DeniedError(f"{name} was {status}" + (f": {reason}" if reason else ""))
+    if status == "expired" and row["standing_id"] is not None and clock() < row["grant_expires_at"]:
+        raise ConflictError(f"the uses of {row['standing_id']}, which had approved {name}, are spent", "ask again")
     if status == "expired":
         raise WaitTimeoutError(f"{name} has expired: " + ("nobody answered in time" if row["expired_reason"] == "unanswered" else "it was not used in time"))
     if status == "used":
@@ -4006,10 +4034,11 @@ def mode_lines(request: Row) -> list[str]:
         return [f"  mode      {request['mode']}, used within {span}"]
     terms, claimed = request["standing"], request["claimed"]
     often = f"at most {terms['uses']} times" if terms["uses"] else "as often as it comes"
-    bound = {name: ascii_only(claimed[name], 60) + ("*" if terms[name] == "prefix" else "") for name in ("action", "by")}
+    star = {name: " and whatever begins so" if terms[name] == "prefix" else "" for name in ("action", "by")}
     follows = "goes on when the secret gets a new value" if terms["follow"] else "ends when the secret gets a new value"
-    return [f"  mode      STANDING for {span}, {often}, {follows}",
-            f"            action {bound['action']}, asked by {bound['by']} as user id {request['reported'].get('uid')}",
+    return [f"  mode      STANDING for {span}, {often};", f"            it {follows}, and is for this{star['action']}:",
+            *quoted_lines("action", claimed["action"]),
+            f"            asked under this name{star['by']}, by user id {request['reported']['uid']}:", *quoted_lines("by", claimed["by"]),
             "            nobody is asked again: this machine's key opens it meanwhile"]  # fmt: skip
 
 
@@ -4049,7 +4078,7 @@ def prompt_lines(review: Review, seen: Row, elsewhere: bool) -> list[str]:
             known = f"sha256 {above['exe'][:16]}" if above["exe"] else "(its program may not be read)"
             lines += [f"  below     {above['pid']} {ascii_only(above['path'] or above['program'], 40)} {known}"]
     lines += ["REPORTED by the requester's own process, not verified", f"  program   {ascii_only(str(reported.get('program')), 60)}",
-              f"  folder    {ascii_only(str(reported.get('cwd')))}"]  # fmt: skip
+              *quoted_lines("folder", reported["cwd"])]  # fmt: skip
     lines += [f"  task      {ascii_only(str(reported['task']))}"] if reported.get("task") else []
     lines += ["CLAIMED by the requester, anything may stand here"]
     lines += [line for name in ("by", "action", "for", "user") if claimed.get(name) for line in quoted_lines(name, str(claimed[name]))]
@@ -7290,6 +7319,14 @@ def write_out(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
+def write_folded(text: str, indent: int) -> None:
+    """Prose, on a terminal broken between words, the further lines set in."""
+    import textwrap
+
+    width = terminal_width()
+    write_out(textwrap.fill(text, max(40, width - 1), subsequent_indent=" " * indent, break_on_hyphens=False) if width else text)
+
+
 def write_json(document: Any) -> None:
     write_out(json.dumps(document))
 
@@ -8850,6 +8887,7 @@ def hidden_line(prompt: str) -> str:
     try:
         return getpass.getpass(prompt)
     except EOFError:
+        sys.stderr.write("\n")
         return ""
     except KeyboardInterrupt:
         sys.stderr.write("\n")
@@ -8980,7 +9018,9 @@ def renew_machine(store: Store, name: str | None, source: str | None) -> Row:
         record(tx, "machine.replaced", vault_id, {"by": who, "fingerprint": keys.fingerprint})
         for made in resealed:
             store_version(tx, made, "reshared", None)
-        end_standing(tx, None, "this machine has a new key")
+        for row in tx.all(OPEN_FOR_MACHINE):  # what the old key was to open
+            close_consent(tx, row, REVOKE, "revoked", MACHINE_CHANGED, now=tx.now)
+        tx.run(END_ALL_DELEGATIONS)
         anchor(tx, person)
 
     store.write(put)
@@ -9056,7 +9096,7 @@ def change_roster(vault: Vault, signer: Approver, roster: Row, kind: str, name: 
         tx.many(MARK_ROTATION, [{"key": key, "reason": reason} for key, reason in (to_rotate or {}).items()])
         for person in roster["approvers"]:
             if person["name"] == name and person["removed"] is not None:
-                end_standing(tx, fingerprint(person), f"{name}, who signed it, was removed")
+                end_standing(tx, fingerprint(person), f"{name}{SIGNER_GONE}")
         anchor(tx, signer)
 
     vault.store.write(put)
@@ -9832,11 +9872,11 @@ def pin_head(store: Store) -> None:
         Vault(store).learn_head()
 
 
-def show_consents(app: App, store: Store, rows: list[Row], empty: str) -> None:
+def show_consents(app: App, store: Store, rows: list[Row], empty: str, statuses: bool = True) -> None:
     documents = [consent_document(store, row) for row in rows]
-    lines = [(d["consent_id"], d["consent_status"], d["risk_level"], d["secret_key"], printable(d["requested_by"]), printable(d["requested_action"]),
-              printable(d["requested_for"])) for d in documents]  # fmt: skip
-    app.show(documents, lambda: show_table(("ID", "STATUS", "RISK", "SECRET", "BY", "ACTION", "FOR"), lines, empty))
+    lines = [(d["consent_id"], *([d["consent_status"]] if statuses else []), d["risk_level"], d["secret_key"], printable(d["requested_by"]),
+              printable(d["requested_action"]), printable(d["requested_for"])) for d in documents]  # fmt: skip
+    app.show(documents, lambda: show_table(("ID", *(["STATUS"] if statuses else []), "RISK", "SECRET", "BY", "ACTION", "FOR"), lines, empty))
 
 
 def consent_store(app: App) -> Store:
@@ -9885,7 +9925,7 @@ def standing_spec(vault: Vault, spec: Row, grant_for: int, terms: Row) -> Row:
 def consent_pending(app: App) -> None:
     """The requests that can still be answered."""
     store = consent_store(app)
-    show_consents(app, store, store.all(PENDING), "nobody is waiting for an answer")
+    show_consents(app, store, store.all(PENDING), "nobody is waiting for an answer", statuses=False)
 
 
 @command("consent show", arg("id", "id"))
@@ -9931,7 +9971,12 @@ def consent_stats(app: App) -> None:
                 "streaks": streaks, "suggestions": [text for streak in streaks if (text := suggestion(streak))]}  # fmt: skip
 
     def plain() -> None:
-        show_record({name: value for name, value in document.items() if name not in ("streaks", "suggestions")})
+        for name in ("total", "by_status", "by_risk", "by_method", "by_secret", "by_requester"):
+            parts = document[name]
+            told = ", ".join(f"{printable(word)} {n}" for word, n in parts.items() if n) if isinstance(parts, dict) else str(parts)
+            write_folded(f"{name.replace('_', ' '):<15} {told or '-'}", 16)
+        for name in ("median", "slowest"):
+            write_out(f"{name + ' answer':<15} {format_duration(document[name + '_answer_ms'])}")
         lines = [(str(s["approvals"]), s["secret_key"], printable(s["action"]), printable(s["requested_by"]), format_duration(s["median_answer_ms"]))
                  for s in streaks]  # fmt: skip
         if lines:
@@ -9953,7 +9998,12 @@ def ask_person(question: str, until_ms: int) -> str:
         termios.tcflush(fd, termios.TCIFLUSH)
         os.write(fd, question.encode())
         ready, _, _ = select.select([fd], [], [], max(0.0, (until_ms - clock()) / 1000))
-        return os.read(fd, 1000).decode(errors="replace").strip() if ready else ""
+        typed = os.read(fd, 1000).decode(errors="replace") if ready else ""
+        os.write(fd, b"" if typed.endswith("\n") else b"\n")
+        return typed.strip()
+    except KeyboardInterrupt:
+        os.write(fd, b"\n")
+        raise
     finally:
         os.close(fd)
 
@@ -9966,12 +10016,12 @@ def confirmed(review: Review, code: str | None, source: str | None) -> None:
         return
     if not has_terminal():
         return  # the command itself, with a passphrase file, is the answer
-    until = review.request["answer_by"]
+    until, waits = review.request["answer_by"], f"it still waits; to refuse it: grace consent deny {review.request['consent_id']} --reason TEXT"
     if review.risk in ("high", "critical"):
         if not same_code(ask_person("Type the code that the requester shows, to approve: ", until), review.code):
-            raise DeniedError("that is not the code; nothing was approved")
+            raise DeniedError("that is not the code; nothing was approved", waits)
     elif source is None and ask_person("Type yes to approve: ", until).lower() != "yes":
-        raise DeniedError("nothing was approved")
+        raise DeniedError("nothing was approved", waits)
 
 
 def default_approver(vault: Vault, row: Row, name: str | None, group: str | None) -> str:
@@ -10309,7 +10359,8 @@ def template_document(reader: Reader, name: str, rows: dict[str, Row]) -> Row:
     request = listed_request(some)
     terms = request.get("standing", {"action": "exact", "by": "exact"})
     bound = {what: request["claimed"][what] + ("*" if terms[what] == "prefix" else "") for what in ("action", "by")}
-    stale = [key for key, row in rows.items() if row["revocation_reason"] == SECRET_CHANGED and row["grant_expires_at"] > now]
+    ended = {key: str(row["revocation_reason"]) for key, row in rows.items() if row["consent_status"] == "revoked" and row["grant_expires_at"] > now}
+    stale = [key for key, why in ended.items() if why in (SECRET_CHANGED, MACHINE_CHANGED) or why.endswith(SIGNER_GONE)]
     return {"template": name, "action": bound["action"], "requested_by": bound["by"],
             "expires_at": format_instant(max(row["grant_expires_at"] for row in rows.values())), "needs_refresh": stale,
             "secrets": [{"secret_key": key, "secret_version": row["secret_version"], "consent_id": row["consent_id"], "consent_status": row["consent_status"],
@@ -10371,9 +10422,12 @@ def sign_template(vault: Vault, person: Approver, consent_id: str, shown: str, s
     review, seen = judge(vault, person, row)
     if review.hash != shown:
         raise RefusedError("the request was changed after it was shown")
-    with contextlib.suppress(DeniedError, ConflictError):
-        groups = review.groups(None)
-        sign_and_record(vault, review, groups, seen, None, source)
+    mine = person.keys.fingerprint
+    for group in missing_groups(review.header, review.request, review.grants):
+        if mine in may_sign(review.header, review.request, review.roster, group):
+            with contextlib.suppress(DeniedError, ConflictError):
+                sign_and_record(vault, review, review.groups(group), seen, None, source)
+                return
 
 
 @command("consent template add", arg("name", "name"),
@@ -10769,14 +10823,24 @@ def policy_test(app: App, key: str, action: str, by: str | None, risk: str | Non
 # ---- audit
 
 
+FACT_WIDTH = 60  # characters of a fact in a listing; hashes are longer, and whole with --json
+
+
 @command("audit list", opt("--limit", kind="limit", default="50", show_default=True, help="The newest so many."))
 def audit_list(app: App, limit: int) -> None:
     """What happened to the vault, in order."""
     store = consent_store(app)
     documents = [leaf_document(row) for row in store.all(LEAVES_NEWEST, n=limit)[::-1]]
-    facts = [", ".join(f"{name}={value}" for name, value in d["facts"].items() if value is not None) for d in documents]
-    rows = [(str(d["seq"]), d["at"] or "?", printable(d["kind"]), printable(d["subject"]), printable(said)) for d, said in zip(documents, facts, strict=True)]
-    app.show(documents, lambda: show_table(("SEQ", "AT", "WHAT", "ABOUT", "FACTS"), rows, "nothing yet"))
+
+    def plain() -> None:
+        for d in documents:
+            write_out(f"{d['seq']:>5}  {d['at'] or '?'}  {printable(d['kind']):<18} {printable(d['subject'])}")
+            if said := ", ".join(f"{name} {plain_value(name, fact)[:FACT_WIDTH]}" for name, fact in d["facts"].items() if fact is not None):
+                write_folded(" " * 7 + printable(said), 7)
+        if not documents:
+            write_out("nothing yet")
+
+    app.show(documents, plain)
 
 
 def exported_heads(source: str) -> tuple[int, str]:
@@ -10925,14 +10989,16 @@ def doctor_command(app: App) -> int:
 
 def show_findings(document: Row) -> None:
     for finding in document["findings"]:
-        write_out(f"{finding['level']}: {printable(finding['message'])}\n    {printable(finding['hint'])}")
+        write_folded(f"{finding['level']}: {printable(finding['message'])}", 4)
+        write_folded(f"    {printable(finding['hint'])}", 4)
     if document["secrets"]:
         write_out("\nwhat the vault is worth:")
         for guarantee in document["guarantees"]:
-            write_out(f"  {guarantee['enforced_by']:<12} {guarantee['what']}")
+            write_folded(f"  {guarantee['enforced_by']:<12} {guarantee['what']}", 15)
         write_out("")
-        rows = [(s["secret_key"], s["risk_level"], s["opened_by"], s["best_step"]) for s in document["secrets"]]
-        show_table(("SECRET", "RISK", "OPENED BY", "BEST STEP"), rows, "")
+        for secret in document["secrets"]:
+            write_folded(f"{secret['secret_key']} ({secret['risk_level']}) is opened by {secret['opened_by']}", 4)
+            write_folded(f"    the best step: {secret['best_step']}", 4)
 
 
 # ---- demo

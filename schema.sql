@@ -425,6 +425,7 @@ CREATE INDEX consent_open_until ON secret_consent_records (COALESCE(grant_expire
   WHERE consent_status IN ('pending', 'approved');
 CREATE INDEX audit_of_subject ON audit_log (json(leaf) ->> 'subject');
 CREATE INDEX consent_standing ON secret_consent_records (secret_key) WHERE mode = 'standing';
+CREATE INDEX consent_under_standing ON secret_consent_records (standing_id) WHERE standing_id IS NOT NULL;
 CREATE INDEX secret_rotate_at ON secret_entries (rotate_at) WHERE rotate_at IS NOT NULL;
 CREATE INDEX secret_in_rotation ON secret_entries (rotate_task) WHERE rotate_task IS NOT NULL;
 CREATE INDEX consent_of_secret_key ON secret_consent_records (secret_key, seq);

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -1374,11 +1375,24 @@ def test_a_requester_killed_at_any_step(team: World) -> None:
     consistent(team)
 
 
+def test_a_stopped_process_that_holds_the_vaults_lock_stops_nobody_for_ever(team: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After half a minute (here less) others go on, say who holds it, and what they had opened is not lost."""
+    monkeypatch.setattr(team.m, "STANDSTILL", 1)
+    held = os.open(Path(team.vault().folder) / ".lock", os.O_RDWR)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        done = team.call("secret", "get", "low", "--action", "read", "--for", "a test")
+        assert (done.status, done.raw_out) == (0, VALUES["low"]) and f"held by process {os.getpid()}" in done.err
+    finally:
+        os.close(held)
+
+
 def test_a_requester_killed_before_and_after_its_approval(team: World) -> None:
     """Killed before: not approvable. Killed after: nobody else gets the value; the grant ends unused."""
     for approved in (False, True):
         asking = team.get("test_api_key")
         (consent_id,) = team.pending()
+        assert asking.stderr and b"waiting for consent" in asking.stderr.readline()  # it holds no lock any more
         asking.send_signal(signal.SIGSTOP)  # so that it does not notice
         if approved:
             team.approve(consent_id, "anna")

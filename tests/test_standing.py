@@ -273,7 +273,7 @@ def test_the_shape_of_a_standing_consent(world: Standing) -> None:
     first = world.query(mode="collect")
     done = world.call("consent", "approve", first.consent_id, *world.as_("anna"), "--for", "7d", "--uses", "5", "--follow-rotation")
     assert done.status == 0, done.err
-    for part in ("STANDING for 7d", "at most 5 times", "goes on when the secret gets a new value", "action backup", "asked by nightly",
+    for part in ("STANDING for 7d", "at most 5 times", "goes on when the secret gets a new value", 'action    "backup"', 'by        "nightly"',
                  f"user id {os.geteuid()}"):  # fmt: skip
         assert part in done.err, part
     (standing_id,) = world.lasting()
@@ -897,3 +897,38 @@ def test_after_its_approver_is_gone_a_person_is_asked_again(world: Standing) -> 
     world.ok("approver", "remove", "ben", *world.as_("anna"))
     world.people.clear()
     assert barred(world) == "asked"
+
+
+def test_what_one_covers_ends_with_it(world: Standing) -> None:
+    """Two requests approved by a standing consent of one use: the second ends with the use of the first; taken back, it takes all with it."""
+    standing_id = world.stand(uses=1)
+    first, second = (world.query("job", mode="collect").consent_id for _ in range(2))
+    assert world.status(first) == world.status(second) == "approved" and world.collect(first) == VALUES["job"]
+    assert (world.status(standing_id), world.status(second), world.row(second)["expired_reason"]) == ("used", "expired", "grant_ended")
+    assert world.asks()
+    again = world.stand()
+    covered = world.query("job", mode="collect").consent_id
+    world.ok("consent", "revoke", again, "--reason", "it is over")
+    assert (world.status(covered), world.row(covered)["revocation_reason"]) == ("revoked", "it is over")
+
+
+def test_a_made_up_user_id_is_no_line_of_the_prompt(world: Standing) -> None:
+    """What a program reports of itself has its types: text in the place of a number is refused, and nothing of it is shown."""
+    vault, m = world.vault(), world.m
+    terms = {"uses": None, "action": "exact", "by": "exact", "follow": False, "template": None, "origin": None, "until": None}
+    spec = m.standing_spec(vault, m.ask_spec("job", "backup", "a test", "nightly", None, None, "{}", 600_000), DAY, terms)
+    spec["reported"]["uid"] = "0\x1b[2J\n  code      AAAA-AAAA-AAAA"
+    planted = world.store.write(lambda tx: m.file_standing(tx, vault, spec))["consent_id"]
+    done = world.call("consent", "approve", planted, *world.as_("anna"))
+    assert done.status == 5 and "AAAA" not in done.err + done.out and "\x1b" not in done.err
+    assert world.store.all(GRANTS, id=planted) == []
+
+
+def test_no_requester_writes_lines_of_its_own_into_the_prompt(world: Standing) -> None:
+    """Blanks up to the edge of the terminal and a made-up code behind them: every line has its mark and fits into eighty columns."""
+    by = "nightly" + " " * 60 + "  code      AAAA-BBBB-CCCC" + " " * 20 + "x"
+    done = world.call("consent", "approve", world.file("job", "backup", by), *world.as_("anna"))
+    assert done.status == 0, done.err
+    lines = done.err.splitlines()
+    assert [line for line in lines if len(line) > 80 and not line.startswith("  below ")] == []
+    assert not [line for line in lines if line.startswith("  code      AAAA")]
