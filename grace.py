@@ -2884,7 +2884,7 @@ USE_STANDING = """UPDATE secret_consent_records SET used_count = used_count + 1,
     consent_status = CASE WHEN used_count + 1 = max_uses THEN 'used' ELSE consent_status END
   WHERE consent_id = :id AND mode = 'standing' AND consent_status = 'approved' AND (max_uses IS NULL OR used_count < max_uses)"""
 STANDING_OF = """SELECT * FROM secret_consent_records WHERE secret_key = :key AND mode = 'standing' AND consent_status = 'approved'
-  ORDER BY seq"""
+  AND grant_expires_at IS NOT NULL ORDER BY seq"""
 UNDER_STANDING = """SELECT * FROM secret_consent_records WHERE standing_id = :id AND consent_status = 'approved' ORDER BY seq"""
 OPEN_FOR_MACHINE = """SELECT * FROM secret_consent_records WHERE mode IN ('standing', 'collect')
   AND consent_status IN ('pending', 'approved') ORDER BY seq"""
@@ -3446,7 +3446,9 @@ def refuse_needless(tx: Tx, task_id: str, key: str, action: str) -> None:
 def asks_nobody(reader: Reader, key: str, action: str) -> bool:
     """Whether a use seems to be of low risk: a guess from what is not verified, which only saves a look."""
     header = stored_object((reader.one(NEWEST_VERSION, key=key) or {"header": "{}"})["header"])
-    risks = header.get("action_risks")
+    risks, rules = header.get("action_risks"), reader.one(RULE_SETS_NEWEST, n=1)
+    if rules is not None and '"effect":"require"' in rules["document"]:
+        return False  # a rule may raise it
     return header.get("risk") == "low" and (risks.get(action) if isinstance(risks, dict) else None) in (None, "low")
 
 
@@ -4072,7 +4074,7 @@ def prompt_lines(review: Review, seen: Row, elsewhere: bool) -> list[str]:
     elif not seen["alive"]:
         lines += ["  the process that asked is not running" + (" (it left its request to be collected)" if request["mode"] == "collect" else "")]
     else:
-        lines += [f"  process   {reported['pid']} of user {seen['uid']} runs" + (" (your own user id)" if seen["requester_is_approver_uid"] else "")
+        lines += [f"  process   {reported['pid']} of user {seen['uid']} runs" + (" (your own)" if seen["requester_is_approver_uid"] else "")
                   + "; did it ask? compare the code"]  # fmt: skip
         for above in seen["ancestors"]:
             known = f"sha256 {above['exe'][:16]}" if above["exe"] else "(its program may not be read)"
@@ -6137,7 +6139,8 @@ class Guard:
     def _open_secrets(self) -> dict[str, bytes]:
         """The values by their variables; each consent of this task is spent once."""
         task_id, now = self.job["task_id"], clock()
-        vault = Vault(self.store)
+        with refusals(self.store, task_id, plain=True):
+            vault = Vault(self.store)
         consents, chosen = self.store.all(CONSENTS_OF_TASK, id=task_id), {}
         for key, action in wishes_of(self.job["secrets"]):
             state, row = wish_state(consents, key, action, now)
@@ -6612,8 +6615,8 @@ def ask_for_tasks(store: Store, only: Iterable[str], login: str) -> int:
         done.add(wish)
         task_id, key, action = wish
         try:
-            vault = vault or Vault(store)
             with refusals(store, key, plain=True):
+                vault = vault or Vault(store)
                 Asking(vault, task_spec(get_task(store, task_id), key, action, timeout, login))
         except NeedlessError:
             continue
@@ -8111,10 +8114,17 @@ def ask_spec(key: str, action: str, purpose: str, by: str | None, user: str | No
             "mode": mode, "hidden": hidden, "login": login, "reported": reported_facts(task)}  # fmt: skip
 
 
+def requester(text: str) -> str:
+    """Who asks, as --by names him; only a daemon asks in the name of a handler."""
+    if text.strip().casefold().startswith("handler:"):
+        raise ValueError("names beginning with handler: are for the tasks that a daemon asks for")
+    return check_text(text, "a requester", 128)
+
+
 @command("run", *SUBMIT_OPTIONS, opt("--goal", kind="goal", help="What it is for [default: the command itself]."),
          opt("--handler", hidden=True), opt("--template", hidden=True), opt("--batch", hidden=True), opt("--wait", is_flag=True, hidden=True),
          opt("--at", hidden=True), opt("--in", "in_", hidden=True), opt("--after", multiple=True, hidden=True),
-         secret_use(False), opt("--by", kind=Checked("name", text_of("a requester", 128)), help="Who asks for secrets [default: PROGRAM@LOGIN of the caller]."),
+         secret_use(False), opt("--by", kind=Checked("name", requester), help="Who asks for secrets [default: PROGRAM@LOGIN of the caller]."),
          arg("cmd", nargs=-1, required=True, metavar="CMD ARGS…"))  # fmt: skip
 def run_command(app: App, cmd: tuple[str, ...], secrets: tuple[tuple[str, str, str], ...], by: str | None, goal: str | None, handler: Any, template: Any,
                 batch: Any, wait: Any, at: Any, in_: Any, after: Any, **options: Any) -> int | None:  # fmt: skip
@@ -9348,10 +9358,10 @@ def secret_set(app: App, key: str, value_file: str | None, raw: bool, owner: str
                expires_ms: int | None, **options: Any) -> None:  # fmt: skip
     """Store a value under KEY, or a new version of it; what is not said again stays as it was."""
     _, vault = open_vault(app)
-    value = read_value(value_file, raw, passphrase_file, key)
-    options.update(action_risks=dict(action_risk) or None, expires=clock() + expires_ms if expires_ms else None)
     if options["rotate_with"]:
         find_handler(vault.store, options["rotate_with"])
+    value = read_value(value_file, raw, passphrase_file, key)
+    options.update(action_risks=dict(action_risk) or None, expires=clock() + expires_ms if expires_ms else None)
     show_secret(app, seal_next(app, vault, key, value, options, owner, passphrase_file, "stored"))
 
 
@@ -9483,13 +9493,6 @@ def secret_remove(app: App, key: str) -> None:
 
 
 # ---- vault: asking for secrets and using them
-
-
-def requester(text: str) -> str:
-    """Who asks, as --by names him; only a daemon asks in the name of a handler."""
-    if text.strip().casefold().startswith("handler:"):
-        raise ValueError("names beginning with handler: are for the tasks that a daemon asks for")
-    return check_text(text, "a requester", 128)
 
 
 ASK_OPTIONS = (
@@ -9872,10 +9875,15 @@ def pin_head(store: Store) -> None:
         Vault(store).learn_head()
 
 
+def with_star(document: Row, name: str) -> str:
+    """The action or requester of a consent, with a star where it stands for all that begin so."""
+    return str(document[f"requested_{name}"]) + ("*" if (document["terms"] or {}).get(name) == "prefix" else "")
+
+
 def show_consents(app: App, store: Store, rows: list[Row], empty: str, statuses: bool = True) -> None:
     documents = [consent_document(store, row) for row in rows]
-    lines = [(d["consent_id"], *([d["consent_status"]] if statuses else []), d["risk_level"], d["secret_key"], printable(d["requested_by"]),
-              printable(d["requested_action"]), printable(d["requested_for"])) for d in documents]  # fmt: skip
+    lines = [(d["consent_id"], *([d["consent_status"]] if statuses else []), "standing" if d["mode"] == "standing" else d["risk_level"], d["secret_key"],
+              printable(with_star(d, "by")), printable(with_star(d, "action")), printable(d["requested_for"])) for d in documents]  # fmt: skip
     app.show(documents, lambda: show_table(("ID", *(["STATUS"] if statuses else []), "RISK", "SECRET", "BY", "ACTION", "FOR"), lines, empty))
 
 
@@ -10228,6 +10236,10 @@ def show_prompt(app: App, review: Review, seen: Row, elsewhere: bool, others: It
         else:
             lines += ["AND asked together with it, answered with this one; compare its code, too:", *sealed_lines(other)]
             lines += quoted_lines("action", other.request["claimed"]["action"])
+    show_lines(app, lines)
+
+
+def show_lines(app: App, lines: list[str]) -> None:
     text = "\n".join(lines) + "\n"
     if has_terminal():
         with open("/dev/tty", "w", encoding="utf-8", errors="backslashreplace") as terminal:
@@ -10334,7 +10346,7 @@ def templates_of(reader: Reader) -> dict[str, dict[str, Row]]:
     found: dict[str, dict[str, dict[str, Row]]] = {}
     for row in reader.all(TEMPLATE_ROWS):
         terms = listed_request(row).get("standing", {})
-        if row["approved_at"] is not None and row["revocation_reason"] != TEMPLATE_INCOMPLETE:
+        if row["approved_at"] is not None and row["grant_expires_at"] is not None and row["revocation_reason"] != TEMPLATE_INCOMPLETE:
             found.setdefault(str(terms.get("template")), {}).setdefault(str(terms.get("origin")), {})[row["secret_key"]] = row
     last = {name: list(added.values())[-1] for name, added in found.items()}  # a name that was used again is another template
     return {name: rows for name, rows in last.items() if any(row["revocation_reason"] != TEMPLATE_REMOVED for row in rows.values())}
@@ -10368,7 +10380,7 @@ def template_document(reader: Reader, name: str, rows: dict[str, Row]) -> Row:
 
 
 def show_templates(app: App, documents: list[Row], one: bool = False) -> None:
-    rows = [(d["template"], s["secret_key"], s["consent_status"] + (" (needs a refresh)" if s["secret_key"] in d["needs_refresh"] else ""),
+    rows = [(printable(d["template"]), s["secret_key"], s["consent_status"] + (" (needs a refresh)" if s["secret_key"] in d["needs_refresh"] else ""),
              printable(d["action"]), printable(d["requested_by"]), f"{s['used_count']}/{s['max_uses']}", d["expires_at"] or "-")
             for d in documents for s in d["secrets"]]  # fmt: skip
     headings = ("TEMPLATE", "SECRET", "STATUS", "ACTION", "BY", "USED", "UNTIL")
@@ -10396,11 +10408,10 @@ def sign_templates(app: App, vault: Vault, people: list[Approver], specs: list[R
         filed = store.write(put)
     try:
         shown: dict[str, str] = {}
-        for consent_id in filed:
-            review, seen = judge(vault, people[0], get_consent(store, consent_id))
-            show_prompt(app, review, seen, False)
-            shown[consent_id] = review.hash
-        confirmed(review, None, source)
+        reviews = [judge(vault, people[0], get_consent(store, consent_id))[0] for consent_id in filed]
+        shown.update((review.request["consent_id"], review.hash) for review in reviews)
+        show_lines(app, template_lines(reviews))
+        confirmed(reviews[0], None, source)
         for consent_id in filed:
             for person in people:
                 sign_template(vault, person, consent_id, shown[consent_id], source)
@@ -10412,6 +10423,16 @@ def sign_templates(app: App, vault: Vault, people: list[Approver], specs: list[R
             with contextlib.suppress(GraceError):
                 store.write(functools.partial(revoke, consent_id=consent_id, reason=TEMPLATE_INCOMPLETE))
         raise
+
+
+def template_lines(reviews: list[Review]) -> list[str]:
+    """What an approver is shown of a template that he makes himself: the secrets, and the terms, which are the same for all but the uses."""
+    lines = ["SEALED (signed by the owners, verified)"]
+    for review in reviews:
+        header = review.header
+        lines += [f"  secret    {header['key']}  version {header['version']}  {review.risk}  policy {policy_text(header['policy'])}",
+                  f"            at most {review.request['standing']['uses']} times"]  # fmt: skip
+    return [*lines, "APPROVED BEFOREHAND with your signature", *mode_lines(reviews[0].request)]
 
 
 def sign_template(vault: Vault, person: Approver, consent_id: str, shown: str, source: str | None) -> None:
@@ -10467,6 +10488,13 @@ def consent_template_list(app: App) -> None:
     """The templates, how often each was used, and until when it holds."""
     store = consent_store(app)
     show_templates(app, [template_document(store, name, rows) for name, rows in templates_of(store).items()])
+
+
+@command("consent template show", arg("name", "name"))
+def consent_template_show(app: App, name: str) -> None:
+    """One template: its secrets, and how often each was used."""
+    store = consent_store(app)
+    show_templates(app, [template_document(store, name, known_template(store, name))], one=True)
 
 
 @command("consent template remove", arg("name", "name"))

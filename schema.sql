@@ -370,6 +370,7 @@ CREATE TABLE secret_consent_records (
   CONSTRAINT consent_spent_is_used CHECK ((consent_status = 'used') = (used_count = max_uses)),
   CONSTRAINT consent_expired_has_reason CHECK ((consent_status = 'expired') = (expired_reason IS NOT NULL)),
   CONSTRAINT consent_denied_has_instant CHECK ((consent_status = 'denied') = (denied_at IS NOT NULL)),
+  CONSTRAINT consent_approved_has_end CHECK (consent_status <> 'approved' OR grant_expires_at IS NOT NULL),
   CONSTRAINT consent_many_uses_are_standing CHECK (mode = 'standing' OR (max_uses IS NOT NULL AND max_uses = 1)),
   CONSTRAINT consent_revoked_has_instant CHECK ((consent_status = 'revoked') = (revoked_at IS NOT NULL))
 ) STRICT;

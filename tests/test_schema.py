@@ -49,8 +49,8 @@ def refusal(db: Path, text: str) -> str:
 ENTRY = "INSERT INTO secret_entries (secret_key, version, header, sealed, sealed_hash, signature, created_at) " \
         "VALUES ('{key}', {version}, '{{}}', x'00', hex(zeroblob(32)), zeroblob(64), 1)"  # fmt: skip
 CONSENT = "INSERT INTO secret_consent_records (consent_id, secret_key, secret_version, consent_status, mode, request, requester, pid, boot_id, max_uses, " \
-          "used_count, requested_at, expires_at, observed) " \
-          "VALUES ('{id}', 'key', 1, '{status}', 'standing', '{{}}', 'r', 1, 'b', 2, {used}, 1, 2, '[]')"  # fmt: skip
+          "used_count, requested_at, expires_at, grant_expires_at, observed) " \
+          "VALUES ('{id}', 'key', 1, '{status}', 'standing', '{{}}', 'r', 1, 'b', 2, {used}, 1, 2, 3, '[]')"  # fmt: skip
 GRANT = "INSERT INTO consent_grants (consent_id, group_name, approver, document, wrap, wrap_hash, signature, created_at) " \
         "VALUES ('pending', 'user', 'a', '{}', x'00', 'h', zeroblob(64), 1)"  # fmt: skip
 LEAF = "INSERT INTO audit_log VALUES ({seq}, '{{}}', hex(zeroblob(32)))"
@@ -224,6 +224,7 @@ CHECKS = {
     "delegation_document": "INSERT INTO secret_delegations VALUES (2, 'key', '{', zeroblob(64), x'00', 1)",
     "delegation_signature": "INSERT INTO secret_delegations VALUES (2, 'key', '{}', zeroblob(63), x'00', 1)",
     "standing_signature": "INSERT INTO standing_parts VALUES ('pending', 1, 'user', 'a', x'00', zeroblob(63))",
+    "consent_approved_has_end": "UPDATE secret_consent_records SET consent_status = 'approved', grant_expires_at = NULL",
     "consent_many_uses_are_standing": "DROP TRIGGER consent_stays; UPDATE secret_consent_records SET mode = 'once'",
     "consent_max_uses": "DROP TRIGGER consent_stays; UPDATE secret_consent_records SET max_uses = 0",
     "consent_used": "UPDATE secret_consent_records SET used_count = 3",

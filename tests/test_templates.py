@@ -155,7 +155,8 @@ def test_the_wrong_people_and_words_leave_nothing(world: Standing) -> None:
     terminal.until("Passphrase of")
     terminal.type("the sentence of anna\n")
     terminal.until("Type yes")
-    assert terminal.text.count("STANDING for 30d, at most 5 times") == 2, "both are shown before the one yes"
+    shown = terminal.text
+    assert "secret    job " in shown and "secret    second " in shown and "STANDING for 30d, at most 5 times" in shown, "both are shown before the one yes"
     terminal.type("no\n")
     assert terminal.end()[0] == 5
     assert world.lasting() == [] and template(world) is None and world.asks()
