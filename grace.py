@@ -2886,6 +2886,7 @@ USE_STANDING = """UPDATE secret_consent_records SET used_count = used_count + 1,
 STANDING_OF = """SELECT * FROM secret_consent_records WHERE secret_key = :key AND mode = 'standing' AND consent_status = 'approved'
   AND grant_expires_at IS NOT NULL ORDER BY seq"""
 UNDER_STANDING = """SELECT * FROM secret_consent_records WHERE standing_id = :id AND consent_status = 'approved' ORDER BY seq"""
+OPEN_CONSENTS = "SELECT * FROM secret_consent_records WHERE consent_status IN ('pending', 'approved') ORDER BY seq"
 OPEN_FOR_MACHINE = """SELECT * FROM secret_consent_records WHERE mode IN ('standing', 'collect')
   AND consent_status IN ('pending', 'approved') ORDER BY seq"""
 STANDING_FROM = """SELECT * FROM secret_consent_records WHERE mode = 'standing' AND consent_status = 'pending'
@@ -2913,7 +2914,8 @@ CONSENTS_OF_TASK = """SELECT consent_id, secret_key, consent_status, mode, grant
     request, json(request) -> 'claimed' ->> 'action' AS action
   FROM secret_consent_records WHERE task_id = :id AND mode = 'collect' ORDER BY seq"""
 TASK_WAITS = "SELECT 1 AS waits FROM htm_tasks WHERE task_id = :id AND status = 'blocked' AND reason = 'waiting_consent'"
-SECRET_CHANGED, MACHINE_CHANGED, SIGNER_GONE = "the secret was changed", "this machine has a new key", ", who signed it, was removed"
+SECRET_CHANGED, MACHINE_CHANGED, RULES_CHANGED = "the secret was changed", "this machine has a new key", "the rules were changed"
+SIGNER_GONE = ", who signed it, was removed"  # behind a name
 LONGEST_GRANT = DAY  # whatever a request asks for
 LONGEST_STANDING = 366 * DAY
 SHORTEST_PREFIX = 3  # of what a template names with a star
@@ -3360,11 +3362,26 @@ def standing_for(tx: Tx, vault: Vault, request: Row) -> Row | None:
     return None
 
 
-def end_standing(tx: Tx, approver: str, reason: str) -> None:
-    """End the standing consents that an approver has signed, because they hold no longer."""
-    for row in tx.all(OPEN_FOR_MACHINE):
-        if row["mode"] == "standing" and any(grant["approver"] == approver for grant in tx.all(GRANTS_OF, id=row["consent_id"])):
+def end_signed(tx: Tx, approver: str, reason: str) -> None:
+    """End what is open and an approver has signed whose signature counts no more."""
+    for row in tx.all(OPEN_CONSENTS):
+        if any(grant["approver"] == approver for grant in tx.all(GRANTS_OF, id=row["consent_id"])):
             close_consent(tx, row, REVOKE, "revoked", reason, now=tx.now)
+
+
+def end_ruled_out(tx: Tx, rules: Row) -> None:
+    """End what is open and a changed set of rules would not let through as it was asked for; it can be asked for anew."""
+    for row in tx.all(OPEN_CONSENTS):
+        entry = tx.one(GET_VERSION, key=row["secret_key"], version=row["secret_version"])
+        with contextlib.suppress(RefusedError, KeyError):
+            header, request = parse_header(entry), request_of(row["request"])
+            if row["mode"] != "standing" and ruled_out(rules, header, request, tx.now):
+                close_consent(tx, row, REVOKE, "revoked", RULES_CHANGED, now=tx.now)
+
+
+def parse_header(entry: Row | None) -> Row:
+    """The header of a row, with the shape of one, its seal not looked at; RefusedError."""
+    return shaped(stored_object(entry["header"]) if entry else {}, HEADER_SHAPE, "a header")
 
 
 def approve_by_standing(tx: Tx, request: Row, standing: Row) -> None:
@@ -3426,11 +3443,16 @@ def task_requester(by: str) -> str:
     return f"{os.geteuid()}:{by}"
 
 
+def undecided(reason: str | None) -> bool:
+    """Whether a consent was ended by something that happened, and by no person's no: it may be asked for again."""
+    return reason is not None and (reason in (SECRET_CHANGED, MACHINE_CHANGED, RULES_CHANGED) or reason.endswith(SIGNER_GONE))
+
+
 def wish_state(consents: list[Row], key: str, action: str, now: int) -> tuple[str, Row | None]:
     """What has become of one secret that a task needs: ready, waiting, missing or refused; and the newest consent for it."""
     row = next((row for row in reversed(consents) if (row["secret_key"], row["action"]) == (key, action)), None)
     over = row is not None and (row["consent_status"] == "used" or row["expired_reason"] == "grant_ended")
-    if row is None or over or row["revocation_reason"] in (SECRET_CHANGED, MACHINE_CHANGED):
+    if row is None or over or undecided(row["revocation_reason"]):
         return "missing", row
     if row["consent_status"] == "approved" and now < (row["grant_expires_at"] or 0):
         return "ready", row
@@ -9106,7 +9128,7 @@ def change_roster(vault: Vault, signer: Approver, roster: Row, kind: str, name: 
         tx.many(MARK_ROTATION, [{"key": key, "reason": reason} for key, reason in (to_rotate or {}).items()])
         for person in roster["approvers"]:
             if person["name"] == name and person["removed"] is not None:
-                end_standing(tx, fingerprint(person), f"{name}{SIGNER_GONE}")
+                end_signed(tx, fingerprint(person), f"{name}{SIGNER_GONE}")
         anchor(tx, signer)
 
     vault.store.write(put)
@@ -9119,7 +9141,13 @@ def change_roster(vault: Vault, signer: Approver, roster: Row, kind: str, name: 
 
 def change_rules(vault: Vault, signer: Approver, before: Row, rules: list[Row], kind: str, name: str) -> None:
     """Put the next set of rules, signed, and let this machine and the signer know it."""
-    mark = rules_mark(vault.store.write(lambda tx: put_rules(tx, before, rules, signer, kind, name)))
+
+    def put(tx: Tx) -> Row:
+        made = put_rules(tx, before, rules, signer, kind, name)
+        end_ruled_out(tx, made)
+        return made
+
+    mark = rules_mark(vault.store.write(put))
     signer.learn(audit_head(vault.store), rules=mark)
     vault.seen.learn(rules=mark)
     vault.learn_head()
@@ -10372,7 +10400,7 @@ def template_document(reader: Reader, name: str, rows: dict[str, Row]) -> Row:
     terms = request.get("standing", {"action": "exact", "by": "exact"})
     bound = {what: request["claimed"][what] + ("*" if terms[what] == "prefix" else "") for what in ("action", "by")}
     ended = {key: str(row["revocation_reason"]) for key, row in rows.items() if row["consent_status"] == "revoked" and row["grant_expires_at"] > now}
-    stale = [key for key, why in ended.items() if why in (SECRET_CHANGED, MACHINE_CHANGED) or why.endswith(SIGNER_GONE)]
+    stale = [key for key, why in ended.items() if undecided(why)]
     return {"template": name, "action": bound["action"], "requested_by": bound["by"],
             "expires_at": format_instant(max(row["grant_expires_at"] for row in rows.values())), "needs_refresh": stale,
             "secrets": [{"secret_key": key, "secret_version": row["secret_version"], "consent_id": row["consent_id"], "consent_status": row["consent_status"],
@@ -10539,7 +10567,14 @@ def consent_template_refresh(app: App, name: str, keys: tuple[str, ...], approve
     show_templates(app, [template_document(store, name, templates_of(store)[name])], one=True)
 
 
-REASON = opt("--reason", kind="note", required=True, help="Why, for whoever asked.")
+def reason(text: str) -> str:
+    """A person's reason; grace's own mean something else to it."""
+    if undecided(text) or text in (TEMPLATE_REMOVED, TEMPLATE_INCOMPLETE):
+        raise ValueError("these are grace's own words for an end that nobody has decided; say it in others")
+    return check_text(text, "a note", 2000)
+
+
+REASON = opt("--reason", kind=Checked("text", reason), required=True, help="Why, for whoever asked.")
 
 
 @command("consent deny", arg("id", "id"), REASON)
@@ -10674,8 +10709,9 @@ class Watch:
             elif word in ("d", "deny"):
                 reason = ask_person("Why not? ", review.request["answer_by"]) or "denied"
                 for consent_id in ids:
-                    self.store.write(functools.partial(deny, consent_id=consent_id, reason=reason[:2000]))
-                    write_out(f"{consent_id}  denied")
+                    with self._each(consent_id):
+                        self.store.write(functools.partial(deny, consent_id=consent_id, reason=reason[:2000]))
+                        write_out(f"{consent_id}  denied")
             return word not in ("q", "quit")
         except RefusedError as error:
             report(error, False)
@@ -10689,10 +10725,23 @@ class Watch:
     def _sign(self, judged: list[Judged]) -> None:
         """What was shown together is signed together."""
         for review, seen, groups in judged:
-            done = sign_and_record(self.vault, review, groups, seen, None, self.source)
-            if done["consent_status"] == "pending":
-                self.done.discard(done["consent_id"])  # another signature is missing, perhaps from the same person
-            write_out(f"{done['consent_id']}  {done['consent_status']}")
+            with self._each(review.case["consent_id"]):
+                done = sign_and_record(self.vault, review, groups, seen, None, self.source)
+                if done["consent_status"] == "pending":
+                    self.done.discard(done["consent_id"])  # another signature is missing, perhaps from the same person
+                write_out(f"{done['consent_id']}  {done['consent_status']}")
+
+    @contextlib.contextmanager
+    def _each(self, consent_id: str) -> Iterator[None]:
+        """One of several: when it cannot be answered that is said, and the others go on."""
+        try:
+            yield
+        except RefusedError as error:
+            report(error, False)
+        except (DeniedError, ConflictError) as error:
+            if (self.store.one(GET_CONSENT, id=consent_id) or {}).get("consent_status") == "pending":
+                self.done.discard(consent_id)
+            report(error, False)
 
     def _group(self, review: Review) -> str | None:
         """Above medium risk the first group for which this person may still sign."""

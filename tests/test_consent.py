@@ -2181,6 +2181,19 @@ def test_watch_shows_together_what_was_asked_together(team: World) -> None:
     terminal.end()
 
 
+def test_an_approver_who_leaves_takes_his_signature_with_him(team: World) -> None:
+    """A request that he has signed is void, and can be made anew; his own reason is no word of grace's."""
+    waiting = team.ask("high", mode="collect")
+    team.approve(waiting.consent_id, "ben", "governance")
+    team.ok("approver", "remove", "ben", *team.as_("anna"))
+    row = team.row(waiting.consent_id)
+    assert row["consent_status"] == "revoked" and row["revocation_reason"] == "ben, who signed it, was removed"
+    asking = team.ask(mode="collect")
+    for word in ("the secret was changed", "x, who signed it, was removed"):
+        done = team.call("consent", "revoke", asking.consent_id, "--reason", word)
+        assert done.status == 2 and team.status(asking.consent_id) == "pending"
+
+
 def test_watch_asks_for_passphrase_and_code_at_high_risk(solo: World) -> None:
     """Unlocked for a medium request, high risk still takes the passphrase afresh and the code, for each of the two roles."""
     medium, high = solo.ask(mode="collect"), solo.ask("high", mode="collect")

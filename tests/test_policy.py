@@ -414,8 +414,31 @@ def test_a_rule_that_was_removed(world: World) -> None:
 # ---- obeyed where it is used
 
 
+@pytest.fixture
+def kept_open(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is open stays so when rules change, as after an edit of its row: the opening itself looks at the rules."""
+    monkeypatch.setattr(world.m, "end_ruled_out", lambda tx, rules: None)
+
+
+@pytest.mark.parametrize("effect", ["deny", "require"])
+def test_a_changed_rule_ends_what_it_would_not_let_through(effect: str, world: World) -> None:
+    """What waits or was approved and fits no longer is void, so that it is asked for anew under the new rules; the rest goes on."""
+    pending, approved, other = world.ask("mid", mode="collect"), world.ask("mid", mode="collect"), world.ask("high", mode="collect")
+    world.approve(approved.consent_id, "anna")
+    add(world, "late", effect, secret="mid")
+    for asking in (pending, approved):
+        row = world.row(asking.consent_id)
+        assert (row["consent_status"], row["revocation_reason"]) == ("revoked", "the rules were changed")
+    assert world.status(other.consent_id) == "pending"
+    if effect == "require":
+        anew = world.ask("mid", mode="collect")
+        assert world.approve(anew.consent_id, "anna")["consent_status"] == "pending"
+        assert world.approve(anew.consent_id, "gov")["consent_status"] == "approved" and world.collect(anew.consent_id) == VALUES["mid"]
+
+
+
 @pytest.mark.parametrize(("effect", "cause"), [("deny", "the rule late forbids"), ("require", "the rules were changed after this was asked for")])
-def test_a_rule_between_approval_and_use(effect: str, cause: str, world: World) -> None:
+def test_a_rule_between_approval_and_use(effect: str, cause: str, world: World, kept_open: None) -> None:
     """Stops the use; a signature that was given anyhow is not asked for twice."""
     asking, serious = world.ask("mid", mode="collect"), world.ask("high", mode="collect")
     world.approve(asking.consent_id, "anna")
@@ -429,7 +452,7 @@ def test_a_rule_between_approval_and_use(effect: str, cause: str, world: World) 
     assert world.collect(asking.consent_id) == VALUES["mid"]
 
 
-def test_the_process_that_waits_is_stopped_as_well(world: World) -> None:
+def test_the_process_that_waits_is_stopped_as_well(world: World, kept_open: None) -> None:
     asking = world.ask("mid")
     world.approve(asking.consent_id, "anna")
     add(world, "late", "deny", secret="mid")
@@ -467,7 +490,7 @@ def standing_by_approval(world: World, *names: str) -> str:
 
 @pytest.mark.parametrize("effect", ["deny", "require"])
 @pytest.mark.parametrize("give", [standing_by_request, standing_by_approval])
-def test_a_later_rule_stops_a_standing_consent(give: Callable[..., str], effect: str, world: World) -> None:
+def test_a_later_rule_stops_a_standing_consent(give: Callable[..., str], effect: str, world: World, kept_open: None) -> None:
     """What it has approved but not opened is refused; what comes then is denied, or asks people again."""
     standing = give(world, "anna")
     assert world.ask("mid").value() == VALUES["mid"]
