@@ -1812,7 +1812,7 @@ def refusals(store: Store, subject: str, plain: bool) -> Iterator[None]:
         cause = refusal.cause
         store.write(lambda tx: record(tx, "vault.refused", subject, {"cause": cause}))
         if plain:
-            raise DeniedError(f"{subject} is refused", "the reason is in the audit log: grace audit list") from None
+            raise DeniedError(f"{subject} is refused", "the reason is in the audit log, and what to do in: grace doctor") from None
         raise
 
 
@@ -2918,11 +2918,12 @@ SECRET_CHANGED, MACHINE_CHANGED, RULES_CHANGED = "the secret was changed", "this
 SIGNER_GONE = ", who signed it, was removed"  # behind a name
 LONGEST_GRANT = DAY  # whatever a request asks for
 LONGEST_STANDING = 366 * DAY
+CONSENT_ID = rf"consent_[{ID_ALPHABET}]{{18}}"
 SHORTEST_PREFIX = 3  # of what a template names with a star
 REQUEST_SHAPE: Fields = {
     "format": TEXT, "vault_id": TEXT, "consent_id": TEXT, "key": TEXT, "version": NUMBER, "header": TEXT, "sealed": TEXT, "mode": TEXT,
     "ephemeral": (dict, type(None)), "claimed": (dict,), "reported": (dict,), "risk": TEXT, "user": MAYBE_TEXT, "created": NUMBER, "answer_by": NUMBER,
-    "grant_for": NUMBER, "nonce": TEXT, "requires": (dict,),
+    "grant_for": NUMBER, "together": (list,), "nonce": TEXT, "requires": (dict,),
 }  # fmt: skip
 STANDING_SHAPE: Fields = {**REQUEST_SHAPE, "standing": (dict,)}
 TERMS_SHAPE: Fields = {"uses": MAYBE_NUMBER, "action": TEXT, "by": TEXT, "follow": (bool,), "template": MAYBE_TEXT, "origin": MAYBE_TEXT,
@@ -2986,6 +2987,8 @@ def request_of(text: str) -> Row:
         raise RefusedError(f"a request {error}") from None
     if standing and odd_terms(shaped(request["standing"], TERMS_SHAPE, "a request"), request["claimed"]):
         raise RefusedError("a standing request has odd terms")
+    if not re.fullmatch(CONSENT_ID, request["consent_id"]):
+        raise RefusedError("a request has an odd id")
     if request["risk"] not in RISK_LEVELS or (request["ephemeral"] is None) != (request["risk"] == "low"):
         raise RefusedError("a request has no known risk, or no key to answer to")
     if not set(request["requires"]) <= set(ROLES) or any(type(n) is not int or n != 1 for n in request["requires"].values()) \
@@ -3227,6 +3230,12 @@ def choose_user(roster: Row, header: Row, wanted: str | None, login: str) -> str
     return fingerprint(person) if person and fingerprint(person) in members else None
 
 
+def asked_at_once(specs: Iterable[Row]) -> list[list[str]]:
+    """What a request says of the others that are made with it: [key, action] of each, so that nobody else can join them."""
+    named = sorted({(spec["key"], spec["action"]) for spec in specs})
+    return [list(one) for one in named] if len(named) > 1 else []
+
+
 class Asking:
     """One request of this process: its consent's id, and the private key that its grants will be wrapped to."""
 
@@ -3282,7 +3291,7 @@ class Asking:
             "header": hash_of("header", header), "sealed": sha256(bytes(entry["sealed"])), "mode": spec["mode"],
             "ephemeral": self.keys.public if self.keys else None, "claimed": claimed, "reported": reported, "risk": self.risk,
             "user": choose_user(self.vault.roster, header, spec["user"], spec["login"]), "created": tx.now, "answer_by": tx.now + spec["timeout_ms"],
-            "grant_for": setting(tx, "consent.grant_for"), "nonce": os.urandom(16).hex(), "requires": told["requires"],
+            "grant_for": setting(tx, "consent.grant_for"), "together": spec.get("together", []), "nonce": os.urandom(16).hex(), "requires": told["requires"],
         }  # fmt: skip
         standing = standing_for(tx, self.vault, self.request) if self.risk != "low" else None
         if self.risk != "low" and standing is None:
@@ -3363,9 +3372,10 @@ def standing_for(tx: Tx, vault: Vault, request: Row) -> Row | None:
 
 
 def end_signed(tx: Tx, approver: str, reason: str) -> None:
-    """End what is open and an approver has signed whose signature counts no more."""
+    """End what is open and an approver has signed, or was to sign, whose signature counts no more."""
     for row in tx.all(OPEN_CONSENTS):
-        if any(grant["approver"] == approver for grant in tx.all(GRANTS_OF, id=row["consent_id"])):
+        signed = any(grant["approver"] == approver for grant in tx.all(GRANTS_OF, id=row["consent_id"]))
+        if signed or listed_request(row)["user"] == approver:
             close_consent(tx, row, REVOKE, "revoked", reason, now=tx.now)
 
 
@@ -3412,7 +3422,7 @@ def file_standing(tx: Tx, vault: Vault, spec: Row) -> Row:
         "format": "grace-standing/1", "vault_id": vault.id, "consent_id": new_id("consent", tx.now), "key": header["key"], "version": header["version"],
         "header": hash_of("header", header), "sealed": entry["sealed_hash"], "mode": "standing", "ephemeral": vault.machine.public,
         "claimed": spec["claimed"], "reported": spec["reported"], "risk": risk, "user": spec["user"], "created": tx.now,
-        "answer_by": tx.now + spec["timeout_ms"], "grant_for": min(spec["grant_for"], LONGEST_STANDING), "nonce": os.urandom(16).hex(),
+        "answer_by": tx.now + spec["timeout_ms"], "grant_for": min(spec["grant_for"], LONGEST_STANDING), "together": [], "nonce": os.urandom(16).hex(),
         "requires": told["requires"], "standing": spec["terms"],
     }  # fmt: skip
     put_request(tx, request, header, None)
@@ -3774,7 +3784,7 @@ def close_consent(tx: Tx, row: Row, sql: str, kind: str, reason: str | None, **m
     if tx.run(sql, **params) != 1:
         return False
     drop_standing(tx, row["consent_id"])
-    if row["mode"] == "standing" and row["consent_status"] == "approved" and kind == "revoked":
+    if row["mode"] == "standing" and row["consent_status"] == "approved" and kind == "revoked" and not undecided(reason):
         tx.many(MARK_ROTATION, [{"key": row["secret_key"], "reason": "a standing consent to use it was revoked; old copies may still open"}])
     for covered in tx.all(UNDER_STANDING, id=row["consent_id"]):
         close_consent(tx, covered, sql, kind, reason, **more)
@@ -4332,7 +4342,7 @@ def vault_findings(store: Store, vault: Vault) -> Iterator[Finding]:
                "add one: grace approver add NAME --role user --role governance, then grace secret reshare KEY")  # fmt: skip
     for entry in store.all(CURRENT_SECRETS):
         document = secret_document(vault, entry)
-        if not document["verified"]:
+        if not document["verified"] and not vault.rolled_back(store):
             yield "problem", "seal", f"{document['secret_key']} does not verify: somebody has changed it", "store it anew, with a new value"
         for row in store.all(STANDING_OF, key=entry["secret_key"]):
             request = listed_request(row)
@@ -6622,11 +6632,12 @@ def handler_name(task: Row) -> str:
     return f"handler:{task['handler']}"
 
 
-def task_spec(task: Row, key: str, action: str, timeout_ms: int, login: str) -> Row:
+def task_spec(task: Row, key: str, action: str, timeout_ms: int, login: str, together: list[list[str]]) -> Row:
     """What Asking takes, for a secret of a parked task."""
     context = {name: task[name] for name in ("task_id", "intent_id", "handler", "goal")}
     return {"key": key, "action": action, "purpose": task["goal"], "by": handler_name(task), "user": None, "risk": None, "context": to_json(context),
-            "timeout_ms": timeout_ms, "mode": "collect", "hidden": False, "login": login, "reported": reported_facts(task["task_id"])}  # fmt: skip
+            "timeout_ms": timeout_ms, "mode": "collect", "hidden": False, "login": login, "reported": reported_facts(task["task_id"]),
+            "together": together}  # fmt: skip
 
 
 def ask_for_tasks(store: Store, only: Iterable[str], login: str) -> int:
@@ -6639,7 +6650,9 @@ def ask_for_tasks(store: Store, only: Iterable[str], login: str) -> int:
         try:
             with refusals(store, key, plain=True):
                 vault = vault or Vault(store)
-                Asking(vault, task_spec(get_task(store, task_id), key, action, timeout, login))
+                task = next(row for row in parked if row["task_id"] == task_id)
+                together = asked_at_once({"key": wanted[0], "action": wanted[1]} for wanted in task["wishes"])
+                Asking(vault, task_spec(get_task(store, task_id), key, action, timeout, login, together))
         except NeedlessError:
             continue
         except (NoRoomError, ConflictError):  # somebody was faster, or has just changed the secret
@@ -7090,8 +7103,9 @@ class Runner:
         try:
             self.store.write(lambda tx: changed_task(tx, self.task, SAY_WHY, reason="waiting_consent"))
             with refusals(self.store, self.task["task_id"], plain=True):
+                together = asked_at_once(spec for _, spec in self.wishes)
                 for _, spec in self.wishes:
-                    spec["reported"]["task"] = self.task["task_id"]
+                    spec["together"], spec["reported"]["task"] = together, self.task["task_id"]
                     askings.append(Asking(self.vault, spec))
                     if not askings[-1].answered:
                         self.tell(waiting_line(askings[-1]))
@@ -9020,6 +9034,18 @@ def keys_here(folder: str, roster: Row) -> list[str]:
     return sorted(name for name in names if NAME.fullmatch(name) and os.path.exists(os.path.join(folder, f"{name}.key")))
 
 
+def check_entry(store: Store, entry: Row, person: Approver) -> Row:
+    """The verified header of a version as an approver may trust it; RefusedError."""
+    delegation = received_delegation(carried_delegation(store, entry))
+    header = check_seal(entry["header"], sha256(bytes(entry["sealed"])), bytes(entry["signature"]), person.vault_id, person.roster, delegation)
+    if problem := person.seen.odd_version(header):
+        raise RefusedError(f"rolled back: {problem}")
+    before = past_versions(store, header, person.seen.version_of(header["key"])) if header["version"] > person.seen.version_of(header["key"]) else []
+    if problem := odd_succession(header, delegation, before, person.seen, person.vault_id, person.rosters):
+        raise RefusedError(problem)
+    return header
+
+
 def renew_machine(store: Store, name: str | None, source: str | None) -> Row:
     """A new key for this machine, on a list signed by an approver of both roles; what the old one had sealed is sealed anew."""
     vault_id = store.value(GET_VAULT) or ""
@@ -9037,6 +9063,7 @@ def renew_machine(store: Store, name: str | None, source: str | None) -> Row:
         if not extends(store, person.seen.audit):
             raise RefusedError("rolled back: the audit log is not the one that this approver has seen")
         before, keys = person.roster, Keys.new()
+        headers = [check_entry(store, entry, person) for entry in store.all(CURRENT_SECRETS)]
         roster = new_roster(before, before["approvers"], keys.public, vault_id, person.keys.fingerprint, clock())
         if problem := odd_change(before, roster, person_named(before, who) or {}):
             raise DeniedError(f"the new list {problem}", "let an approver with both roles do it: --name NAME")
@@ -9061,6 +9088,8 @@ def renew_machine(store: Store, name: str | None, source: str | None) -> Row:
     seen = Seen.begin(os.path.join(folder, "machine.seen"), vault_id, "machine", derived(keys.private, "seen"), mark, head, person.seen.rules)
     seen.secrets = {**person.seen.secrets}
     seen.save()
+    for header in headers:
+        seen.learn(header=header, machine=fingerprint(before["machine"]))
     person.seen.learn(mark, head)
     for made in resealed:
         seen.learn(header=made["header"], machine=keys.fingerprint)
@@ -9485,6 +9514,9 @@ def secret_show(app: App, key: str) -> None:
     show_secret(app, secret_document(vault, entry_of(store, key)))
 
 
+USES_OF = """SELECT * FROM secret_consent_records WHERE secret_key = :key AND used_count > 0 AND mode <> 'standing' ORDER BY used_at, seq"""
+
+
 @command("secret history", arg("key", SECRET_NAME))
 def secret_history(app: App, key: str) -> None:
     """The versions of a secret, and who has held each."""
@@ -9492,7 +9524,7 @@ def secret_history(app: App, key: str) -> None:
     entry_of(store, key)
     used = [
         consent_document(store, row)
-        for row in store.all("SELECT * FROM secret_consent_records WHERE secret_key = :key AND used_count > 0 ORDER BY seq", key=key)
+        for row in store.all(USES_OF, key=key)
     ]
     facts = ("consent_id", "requested_by", "requested_action", "requested_for", "used_at")
     held = [(doc["secret_version"], {name: doc[name] for name in facts}) for doc in used]
@@ -9573,9 +9605,10 @@ def announce(app: App, asking: Asking) -> None:
 def obtain(app: App, vault: Vault, specs: list[Row]) -> list[tuple[Asking, bytes]]:
     """Ask for several secrets at once, wait for all answers, open them all; whatever is open is withdrawn when one fails."""
     askings: list[Asking] = []
+    together = asked_at_once(specs)
     try:
         for spec in specs:
-            askings.append(ask_for(vault, spec))
+            askings.append(ask_for(vault, {**spec, "together": together}))
         waiting = [asking for asking in askings if not asking.answered]
         for asking in waiting:
             announce(app, asking)
@@ -9891,7 +9924,7 @@ def show_consent(app: App, store: Store, row: Row) -> None:
     app.show(
         document,
         lambda: write_out(
-            f"{document['consent_id']}  {document['consent_status']}  {document['risk_level']}  {document['secret_key']}  code {document['code']}"
+            f"{printable(document['consent_id'])}  {document['consent_status']}  {document['risk_level']}  {document['secret_key']}  code {document['code']}"
         ),
     )
 
@@ -9910,8 +9943,8 @@ def with_star(document: Row, name: str) -> str:
 
 def show_consents(app: App, store: Store, rows: list[Row], empty: str, statuses: bool = True) -> None:
     documents = [consent_document(store, row) for row in rows]
-    lines = [(d["consent_id"], *([d["consent_status"]] if statuses else []), "standing" if d["mode"] == "standing" else d["risk_level"], d["secret_key"],
-              printable(with_star(d, "by")), printable(with_star(d, "action")), printable(d["requested_for"])) for d in documents]  # fmt: skip
+    lines = [(printable(d["consent_id"]), *([d["consent_status"]] if statuses else []), "standing" if d["mode"] == "standing" else d["risk_level"],
+              d["secret_key"], printable(with_star(d, "by")), printable(with_star(d, "action")), printable(d["requested_for"])) for d in documents]  # fmt: skip
     app.show(documents, lambda: show_table(("ID", *(["STATUS"] if statuses else []), "RISK", "SECRET", "BY", "ACTION", "FOR"), lines, empty))
 
 
@@ -10089,17 +10122,24 @@ def judge(vault: Vault, approver: Approver, row: Row) -> tuple[Review, Row]:
 Judged = tuple[Review, Row, list[str]]  # verified, observed, and the groups to sign for
 
 
+TWINS_SHARE = ("header", "sealed", "claimed", "risk", "mode", "user", "grant_for", "requires", "together")
+SIBLINGS_SHARE = ("risk", "mode", "user", "grant_for", "together")
+
+
+def same_fields(one: Row, other: Row, names: Iterable[str]) -> bool:
+    return all(one.get(name) == other.get(name) for name in names)
+
+
 def twins(vault: Vault, first: Judged, row: Row, group: str | None) -> list[Judged]:
     """Pending requests that ask the same in the same words, from the same running program: judged before the person is asked."""
     review, seen, _ = first
     found: list[Judged] = []
     for other in vault.store.all(PENDING):
-        if other["consent_id"] == row["consent_id"] or (other["secret_key"], other["requester"]) != (row["secret_key"], row["requester"]):
+        if other["consent_id"] == row["consent_id"] or not same_fields(listed_request(other), review.request, TWINS_SHARE):
             continue
         with contextlib.suppress(GraceError):
             twin, its = judge(vault, review.approver, other)
-            alike = ("header", "sealed", "claimed", "risk", "mode", "user", "grant_for", "requires")
-            same = all(twin.request[name] == review.request[name] for name in alike)
+            same = same_fields(twin.request, review.request, TWINS_SHARE)
             processes = {(one["reported"].get("pid"), one["reported"].get("started")) for one in (review.request, *(known.request for known, _, _ in found))}
             another = (twin.request["reported"].get("pid"), twin.request["reported"].get("started")) not in processes
             if same and another and its["alive"] and its["ancestors"][:1] == seen["ancestors"][:1]:
@@ -10112,12 +10152,15 @@ def siblings(vault: Vault, first: Judged, row: Row, group: str | None) -> list[J
     review, seen, _ = first
     together, found = asked_together(review.request), []  # type: tuple[Any, ...] | None, list[Judged]
     for other in vault.store.all(PENDING):
-        if other["consent_id"] == row["consent_id"] or together is None or asked_together(listed_request(other)) != together:
+        listed = listed_request(other)
+        if other["consent_id"] == row["consent_id"] or together is None or asked_together(listed) != together or \
+                not same_fields(listed, review.request, SIBLINGS_SHARE):  # fmt: skip
             continue
         with contextlib.suppress(GraceError):
             sibling, its = judge(vault, review.approver, other)
             claims = [{**one.request["claimed"], "action": None} for one in (review, sibling)]
-            same = all(sibling.request[name] == review.request[name] for name in ("risk", "mode", "user", "grant_for")) and claims[0] == claims[1]
+            same = same_fields(sibling.request, review.request, SIBLINGS_SHARE) and claims[0] == claims[1]
+            same = same and [sibling.request["key"], sibling.request["claimed"]["action"]] in review.request["together"]
             new = all((sibling.request["key"], sibling.request["claimed"]["action"]) != (known.request["key"], known.request["claimed"]["action"])
                       for known in (review, *(one for one, _, _ in found)))  # fmt: skip
             if same and new and its["alive"] == seen["alive"] and asked_together(sibling.request) == together:
@@ -10219,7 +10262,12 @@ def approve_from_now_on(app: App, vault: Vault, judged: Judged, wish: Row, code:
             withdraw_open(vault.store, [filed["consent_id"]])
         raise
     sign_and_record(vault, review, groups, seen, note, source)
-    show_consent(app, vault.store, sign_and_record(vault, standing, signing, its, note, source))
+    try:
+        done = sign_and_record(vault, standing, signing, its, note, source)
+    except GraceError as error:
+        withdraw_open(vault.store, [filed["consent_id"]])
+        raise ConflictError(f"{review.case['consent_id']} was approved, this once only: {error.message}", error.hint) from error
+    show_consent(app, vault.store, done)
 
 
 def standing_from(tx: Tx, vault: Vault, request: Row, wish: Row) -> Row:
@@ -10369,12 +10417,14 @@ def parse_action_pattern(text: str) -> tuple[str, str]:
 PATTERN, ACTION_PATTERN = Checked("pattern", parse_pattern), Checked("pattern", parse_action_pattern)
 
 
-def templates_of(reader: Reader) -> dict[str, dict[str, Row]]:
-    """The templates that were not removed: by name, of each secret the newest standing consent that was ever approved."""
+def templates_of(reader: Reader, holds: Callable[[Row], bool] = lambda row: True) -> dict[str, dict[str, Row]]:
+    """The templates that were not removed: by name, of each secret the newest standing consent that was ever approved.
+
+    Unverified, unless `holds` looks at each row."""
     found: dict[str, dict[str, dict[str, Row]]] = {}
     for row in reader.all(TEMPLATE_ROWS):
         terms = listed_request(row).get("standing", {})
-        if row["approved_at"] is not None and row["grant_expires_at"] is not None and row["revocation_reason"] != TEMPLATE_INCOMPLETE:
+        if row["approved_at"] is not None and row["grant_expires_at"] is not None and holds(row) and row["revocation_reason"] != TEMPLATE_INCOMPLETE:
             found.setdefault(str(terms.get("template")), {}).setdefault(str(terms.get("origin")), {})[row["secret_key"]] = row
     last = {name: list(added.values())[-1] for name, added in found.items()}  # a name that was used again is another template
     return {name: rows for name, rows in last.items() if any(row["revocation_reason"] != TEMPLATE_REMOVED for row in rows.values())}
@@ -10504,8 +10554,29 @@ def consent_template_add(app: App, name: str, keys: tuple[str, ...], action: tup
     show_templates(app, [template_document(store, name, templates_of(store)[name])], one=True)
 
 
-def known_template(reader: Reader, name: str) -> dict[str, Row]:
-    templates = templates_of(reader)
+def was_signed(vault: Vault, row: Row) -> bool:
+    """Whether a standing consent, over or not, was filed and signed as it stands in its row."""
+    store = vault.store
+    first = store.one(GET_VERSION, key=row["secret_key"], version=row["secret_version"])
+    filed = store.one(LEAVES_OF, subject=row["consent_id"], n=1)
+    try:
+        under = received_delegation(carried_delegation(store, first)) if first else None
+        entry = first or {"header": "", "sealed_hash": "", "signature": b""}
+        header = check_seal(entry["header"], entry["sealed_hash"], bytes(entry["signature"]), vault.id, vault.roster, under, vault.rosters)
+        request = checked_request(row["request"], header, entry["sealed_hash"], vault.id)
+        grants = checked_grants(header, request, vault.roster, store.all(GRANTS_OF, id=row["consent_id"]))
+    except RefusedError:
+        return False
+    told = stored_object(filed["leaf"]).get("facts", {}) if filed else {}
+    same = (request["consent_id"], told.get("request")) == (row["consent_id"], hash_of("request", request))
+    ends_by = min((grant["expires"] for grant in grants), default=0)
+    return same and not missing_groups(header, request, grants) and row["grant_expires_at"] <= ends_by
+
+
+def known_template(reader: Reader, name: str, holds: Callable[[Row], bool] = lambda row: True) -> dict[str, Row]:
+    templates = templates_of(reader, holds)
+    if name not in templates and name in templates_of(reader):
+        raise ConflictError(f"the template {name} is not signed by approvers of today", f"grace consent template remove {name}, and add it anew")
     if name not in templates:
         raise NotFoundError(f"there is no template {name!r}", nearest_hint(name, templates, "grace consent template list"))
     return templates[name]
@@ -10549,7 +10620,7 @@ def consent_template_remove(app: App, name: str) -> None:
 def consent_template_refresh(app: App, name: str, keys: tuple[str, ...], approver: tuple[str, ...], passphrase_file: tuple[str, ...]) -> None:
     """Sign a template anew for secrets that have a new value, or were added; its end and the uses that are left stay."""
     store, vault = open_vault(app)
-    rows, now = known_template(store, name), clock()
+    rows, now = known_template(store, name, functools.partial(was_signed, vault)), clock()
     until = max(row["grant_expires_at"] for row in rows.values())
     if until <= now:
         raise ConflictError(f"the template {name} has ended", f"grace consent template remove {name}, and add it anew")
@@ -10701,7 +10772,7 @@ class Watch:
             ids = [row["consent_id"], *(other.case["consent_id"] for other, _, _ in others)]
             self.done.update(ids)
             show_prompt(self.app, review, seen, False, [other for other, _, _ in others])
-            word = ask_person("[a]pprove, [d]eny, [s]kip, [q]uit: ", review.request["answer_by"]).lower()
+            word = self._word(review.request["answer_by"])
             if word in ("a", "approve"):
                 if review.risk in ("high", "critical"):
                     confirmed(review, None, self.source)
@@ -10721,6 +10792,14 @@ class Watch:
         except (ConflictError, NotFoundError, UsageError) as error:
             report(error, False)
         return True
+
+    def _word(self, until: int) -> str:
+        """One of the four answers, or none in time; anything else is asked for again."""
+        while True:
+            word = ask_person("[a]pprove, [d]eny, [s]kip, [q]uit: ", until).lower()
+            if word in ("", "a", "approve", "d", "deny", "s", "skip", "q", "quit") or clock() >= until:
+                return word
+            write_out(f"{printable(word)[:20]} is none of the four")
 
     def _sign(self, judged: list[Judged]) -> None:
         """What was shown together is signed together."""

@@ -207,7 +207,8 @@ def test_json_of_every_command(place: Place, module: Any, inside: Callable[..., 
 SIGNED = ("--passphrase-file", "anna.word")
 VAULT_CALLS: dict[str, list[tuple[str, ...]]] = {  # in this order on one vault; what stands in braces is taken from an earlier answer
     "init": [("--name", "anna", *SIGNED)],
-    "secret set": [("open", "--risk", "low", "--value-file", "value"), ("shop", "--value-file", "value", "--service", "shop", "--expires", "1d", *SIGNED)],
+    "secret set": [("open", "--risk", "low", "--value-file", "value"), ("shop", "--value-file", "value", "--service", "shop", "--expires", "1d", *SIGNED),
+                   ("second", "--value-file", "value", *SIGNED)],
     "secret rotate": [("shop", "--value-file", "value", *SIGNED)], "secret reshare": [("shop", *SIGNED)],
     "secret get": [("open", "--action", "use", "--for", "a test", "--reveal")], "exec": [("--secret", "TOKEN=open", "--", "true")],
     "policy add": [("night", "require", "--group", "user", "--hours", "22:00-06:00", "--tz", "Europe/Berlin", *SIGNED),
@@ -225,6 +226,9 @@ VAULT_CALLS: dict[str, list[tuple[str, ...]]] = {  # in this order on one vault;
     "approver passwd": [("anna", "--new-passphrase-file", "anna.word", *SIGNED)], "approver remove": [("ben", "--approver", "anna", *SIGNED)],
     "audit list": [()], "audit verify": [(), SIGNED], "audit export": [()], "audit anchor": [SIGNED], "doctor": [()],
     "consent watch": [()],
+    "consent template add": [("early", "--secret", "shop", "--action", "tidy*", "--by", "cron", "--for", "1d", "--uses", "3", "--approver", "anna", *SIGNED)],
+    "consent template list": [()], "consent template show": [("early",)],
+    "consent template refresh": [("early", "--secret", "second", "--approver", "anna", *SIGNED)], "consent template remove": [("early",)],
 }  # fmt: skip
 
 
