@@ -1294,9 +1294,11 @@ CONSISTENT = {
     "one leaf for each grant": """SELECT c.consent_id FROM secret_consent_records c
         WHERE (SELECT COUNT(*) FROM consent_grants g WHERE g.consent_id = c.consent_id) <>
         (SELECT COUNT(*) FROM audit_log WHERE json(leaf) ->> 'subject' = c.consent_id AND json(leaf) ->> 'kind' = 'consent.signed')""",
-    "one leaf and one event for each use": """SELECT c.consent_id FROM secret_consent_records c WHERE used_count <>
+    "one leaf and one event for each use": """SELECT c.consent_id FROM secret_consent_records c WHERE mode <> 'standing' AND (used_count <>
         (SELECT COUNT(*) FROM audit_log WHERE json(leaf) ->> 'subject' = c.consent_id AND json(leaf) ->> 'kind' = 'secret.used')
-        OR used_count <> (SELECT COUNT(*) FROM events WHERE subject = c.consent_id AND topic = 'secrets.consent.used')""",
+        OR used_count <> (SELECT COUNT(*) FROM events WHERE subject = c.consent_id AND topic = 'secrets.consent.used'))""",
+    "a standing one is counted where it was used": """SELECT c.consent_id FROM secret_consent_records c WHERE mode = 'standing' AND used_count <>
+        (SELECT COUNT(*) FROM audit_log WHERE json(leaf) ->> 'kind' = 'secret.used' AND json(leaf) -> 'facts' ->> 'standing' = c.consent_id)""",
     "one leaf for each approval": """SELECT c.consent_id FROM secret_consent_records c WHERE (approved_at IS NOT NULL) <>
         (SELECT COUNT(*) FROM audit_log WHERE json(leaf) ->> 'subject' = c.consent_id AND json(leaf) ->> 'kind' = 'consent.approved')""",
     "what is over keeps no key": """SELECT consent_id FROM secret_consent_records c WHERE consent_status IN ('used', 'denied', 'revoked', 'expired') AND

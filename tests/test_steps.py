@@ -451,6 +451,35 @@ def test_a_rotated_value(walk: Walker) -> None:
              opens=("test_api_key", NEW_VALUE), only=COMMIT))  # fmt: skip
 
 
+def standing(world: World) -> Row:
+    """A handler, a secret that it may rotate, and a standing consent that follows; the id of that."""
+    world.ok("handler", "add", "renew", "--", "true")
+    world.ok(*filled(f"secret set test_api_key --rotate-with renew {SEALED}", world, {}), stdin=VALUES["test_api_key"])
+    done = world.json(*filled("consent request test_api_key --action backup --for nights --by nightly --standing 30d --follow-rotation", world, {}))
+    world.ok(*filled("consent approve {id} --approver anna --passphrase-file {anna}", world, {"id": done["consent_id"]}))
+    return {"id": done["consent_id"]}
+
+
+def test_a_delegated_rotation(walk: Walker) -> None:
+    """`secret rotate --delegated`: the old value opens or the new one, also for the standing consent that follows it."""
+
+    def follows(world: World, facts: Row, done: bool) -> None:
+        assert world.status(facts["id"]) == "approved"
+        got = world.ok(*filled("secret get test_api_key --action backup --for nights --by nightly", world, {}))
+        assert got.raw_out == (NEW_VALUE if done else VALUES["test_api_key"])
+        world.ok("secret", "rotate", "test_api_key", "--delegated", stdin=NEW_VALUE)
+
+    walk(Act("secret rotate test_api_key --delegated --json", [[], ["secret.rotated"]], is_secret("test_api_key", 3), standing, NEW_VALUE,
+             after=follows, opens=("test_api_key", NEW_VALUE)))  # fmt: skip
+
+
+def test_a_use_under_a_standing_consent(walk: Walker) -> None:
+    """`secret get` that nobody is asked for: what is printed is counted and in the log; what is counted may be lost, and is asked for again."""
+    before = ["consent.requested", "consent.approved"]
+    walk(Act("secret get test_api_key --action backup --for nights --by nightly", [[], before, [*before, "secret.used"]],
+             lambda world, facts: world.row(facts["id"])["used_count"] >= 1, standing, prints=VALUES["test_api_key"]))  # fmt: skip
+
+
 def test_a_reshared_value(walk: Walker) -> None:
     """`secret reshare`: that it was opened for it is in the log, though it may not have come to it."""
     walk(Act("secret reshare test_api_key --approver anna --passphrase-file {anna} --json",
