@@ -16,8 +16,8 @@ The file reads downwards; a section uses only those above it (`grep -n '^# ===' 
     events        writing and reading the bus, the bell that wakes waiting processes
     system        what the kernel says about processes
     audit         leaves chained by hash
-    vault         keys, rosters, sealed values
-    consent       asking, approving, opening
+    vault         keys, lists of approvers and of rules, sealed values, delegations
+    consent       rules applied, asking, approving, opening; standing consents
     doctor        what is wrong or weak on this machine
     queue         rows of handlers, tasks and attempts
     ladder        what is due, and the steps
