@@ -2910,7 +2910,7 @@ EARLIER = """SELECT consent_status AS status, COUNT(*) AS n FROM secret_consent_
 USED_VERSION = "SELECT 1 FROM secret_consent_records WHERE secret_key = :key AND secret_version = :version AND used_count > 0 LIMIT 1"
 MAX_PENDING, MAX_PENDING_EACH, DENIALS = 20, 5, 3
 PENDING_OF_EACH = "SELECT requester, COUNT(*) AS n FROM secret_consent_records WHERE consent_status = 'pending' GROUP BY requester"
-CONSENTS_OF_TASK = """SELECT consent_id, secret_key, consent_status, mode, grant_expires_at, expired_reason, denial_reason, revocation_reason,
+CONSENTS_OF_TASK = """SELECT consent_id, secret_key, consent_status, mode, standing_id, grant_expires_at, expired_reason, denial_reason, revocation_reason,
     request, json(request) -> 'claimed' ->> 'action' AS action
   FROM secret_consent_records WHERE task_id = :id AND mode = 'collect' ORDER BY seq"""
 TASK_WAITS = "SELECT 1 AS waits FROM htm_tasks WHERE task_id = :id AND status = 'blocked' AND reason = 'waiting_consent'"
@@ -4810,8 +4810,8 @@ SHAPE = operator.itemgetter("handler", "domain", "priority", "sla_ms", "expected
                             "max_attempts", "timeout_ms", "command")  # fmt: skip
 SHAPES_KEPT = PAIRS_AT_ONCE = 100  # of a batch: the memory for more would cost more than it saves
 PARKED_OF_HANDLER = "SELECT COUNT(*) AS n FROM htm_tasks WHERE status = 'blocked' AND reason = 'waiting_consent' AND handler = :name"
-PARKED_CONSENTS = """SELECT t.task_id, t.handler, h.secrets, h.paused, c.consent_id, c.secret_key, c.consent_status, c.grant_expires_at, c.expired_reason,
-    c.denial_reason, c.revocation_reason, json(c.request) -> 'claimed' ->> 'action' AS action
+PARKED_CONSENTS = """SELECT t.task_id, t.handler, h.secrets, h.paused, c.consent_id, c.secret_key, c.consent_status, c.mode, c.standing_id,
+    c.grant_expires_at, c.expired_reason, c.denial_reason, c.revocation_reason, json(c.request) -> 'claimed' ->> 'action' AS action
   FROM htm_tasks t JOIN handlers h ON h.name = t.handler
   LEFT JOIN secret_consent_records c ON c.task_id = t.task_id AND c.mode = 'collect'
   WHERE t.status = 'blocked' AND t.reason = 'waiting_consent' ORDER BY t.rank, t.order_at, t.seq, c.seq"""

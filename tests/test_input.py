@@ -121,7 +121,7 @@ def vault_state(place: Place) -> dict[str, Any]:
             state[table] = hashlib.sha256(repr(con.execute(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall()).encode()).hexdigest()
         state["log"] = [kind for (kind,) in con.execute("SELECT json_extract(leaf, '$.kind') FROM audit_log ORDER BY seq")]
     for file in sorted((place.folder / ".config").rglob("*")):
-        if file.is_file():
+        if file.is_file() and file.name != ".lock":  # which says who held it last
             state[file.name] = file.read_bytes()
     return state
 
