@@ -10130,6 +10130,11 @@ def same_fields(one: Row, other: Row, names: Iterable[str]) -> bool:
     return all(one.get(name) == other.get(name) for name in names)
 
 
+def named_with(request: Row, other: Row) -> bool:
+    """Whether a request names another one as asked together with it."""
+    return [other.get("key"), other["claimed"]["action"]] in request["together"]
+
+
 def twins(vault: Vault, first: Judged, row: Row, group: str | None) -> list[Judged]:
     """Pending requests that ask the same in the same words, from the same running program: judged before the person is asked."""
     review, seen, _ = first
@@ -10154,13 +10159,12 @@ def siblings(vault: Vault, first: Judged, row: Row, group: str | None) -> list[J
     for other in vault.store.all(PENDING):
         listed = listed_request(other)
         if other["consent_id"] == row["consent_id"] or together is None or asked_together(listed) != together or \
-                not same_fields(listed, review.request, SIBLINGS_SHARE):  # fmt: skip
+                not same_fields(listed, review.request, SIBLINGS_SHARE) or not named_with(review.request, listed):  # fmt: skip
             continue
         with contextlib.suppress(GraceError):
             sibling, its = judge(vault, review.approver, other)
             claims = [{**one.request["claimed"], "action": None} for one in (review, sibling)]
-            same = same_fields(sibling.request, review.request, SIBLINGS_SHARE) and claims[0] == claims[1]
-            same = same and [sibling.request["key"], sibling.request["claimed"]["action"]] in review.request["together"]
+            same = same_fields(sibling.request, review.request, SIBLINGS_SHARE) and claims[0] == claims[1] and named_with(review.request, sibling.request)
             new = all((sibling.request["key"], sibling.request["claimed"]["action"]) != (known.request["key"], known.request["claimed"]["action"])
                       for known in (review, *(one for one, _, _ in found)))  # fmt: skip
             if same and new and its["alive"] == seen["alive"] and asked_together(sibling.request) == together:
