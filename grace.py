@@ -9809,7 +9809,7 @@ GIT_REFUSED = "git was refused with it"
          opt("--timeout", "timeout_ms", kind="duration", default="5m", show_default=True, help="How long the question stands."),
          arg("operation", metavar="get|store|erase"))  # fmt: skip
 def credential_git(app: App, operation: str, **options: Any) -> None:
-    """Answer git, which calls this itself: git config credential.helper '!grace credential git'.
+    """Answer git, which calls this itself: git config credential.helper 'grace credential git'.
 
     A secret answers for the exact host, and path, of its --service https://HOST[/PATH], after consent."""
     if app.json:

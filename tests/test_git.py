@@ -220,6 +220,18 @@ def test_a_push_asks_and_pushes_and_leaves_no_token(desk: Desk) -> None:
         assert TOKEN.encode() not in data and LOGIN.encode() not in data, path
 
 
+def test_the_helper_without_a_shell(desk: Desk) -> None:
+    """`credential.helper = grace credential git`, as git itself looks for helpers, does the same when grace is in the PATH."""
+    desk.secret("shop_token")
+    path = f"{Path(GRACE).parent}:{desk.environment['PATH']}"
+    process = desk.start("-c", "credential.helper=", "-c", "credential.helper=grace credential git", "push", "origin", "main", PATH=path)
+    waiting = desk.waiting()
+    assert waiting["requested_action"] == "git_push" and waiting["observed"]["reported"]["program"] == "git"
+    desk.approve()
+    _, err = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0 and desk.head() == desk.git("rev-parse", "main")[0].strip(), err.decode()
+
+
 def test_under_a_standing_consent_a_push_asks_nobody(desk: Desk) -> None:
     """What is asked once and approved for a month is pushed again and again; a fetch, or a push after it was taken back, asks."""
     desk.secret("shop_token")
