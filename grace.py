@@ -8990,6 +8990,15 @@ def unlock(vault: Vault, name: str, source: str | None) -> Approver:
     return approver
 
 
+def unlock_all(vault: Vault, names: tuple[str, ...], sources: tuple[str, ...]) -> list[Approver]:
+    """Several approvers, each with his own passphrase; a file for each, or the terminal."""
+    if len(sources) > max(1, len(names)) or len(set(names)) < len(names):
+        raise UsageError("name each approver once, and a passphrase file for each")
+    refuse_two_from_stdin(*sources)
+    chosen = names or (choose_approver(vault, None),)
+    return [unlock(vault, choose_approver(vault, name), sources[number] if number < len(sources) else None) for number, name in enumerate(chosen)]
+
+
 def open_vault(app: App) -> tuple[Store, Vault]:
     harden()
     store = app.store()
@@ -9459,9 +9468,7 @@ def secret_reshare(app: App, key: str, policy: list[Row] | None, approver: tuple
     store, vault = open_vault(app)
     with refusals(store, key, plain=False):
         entry, before = vault.current(store, key)
-        names = approver or (choose_approver(vault, None),)
-        sources = [*passphrase_file, *[None] * len(names)]
-        people = [unlock(vault, choose_approver(vault, name), source) for name, source in zip(names, sources)]  # noqa: B905 (more sources than names)
+        people = unlock_all(vault, approver, passphrase_file)
         shares = store.all(SHARES_OF, key=key, version=before["version"])
         parts: dict[str, dict[int, bytes]] = {}
         for person in people:
@@ -10467,15 +10474,6 @@ def show_templates(app: App, documents: list[Row], one: bool = False) -> None:
             for d in documents for s in d["secrets"]]  # fmt: skip
     headings = ("TEMPLATE", "SECRET", "STATUS", "ACTION", "BY", "USED", "UNTIL")
     app.show(documents[0] if one else documents, lambda: show_table(headings, rows, "no templates; make one: grace consent template add NAME …"))
-
-
-def unlock_all(vault: Vault, names: tuple[str, ...], sources: tuple[str, ...]) -> list[Approver]:
-    """Several approvers, each with his own passphrase; a file for each, or the terminal."""
-    if len(sources) > max(1, len(names)) or len(set(names)) < len(names):
-        raise UsageError("name each approver once, and a passphrase file for each")
-    refuse_two_from_stdin(*sources)
-    chosen = names or (choose_approver(vault, None),)
-    return [unlock(vault, choose_approver(vault, name), sources[number] if number < len(sources) else None) for number, name in enumerate(chosen)]
 
 
 def sign_templates(app: App, vault: Vault, people: list[Approver], specs: list[Row], source: str | None, check: Callable[[Tx], None]) -> None:
