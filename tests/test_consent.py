@@ -2183,6 +2183,26 @@ def test_watch_shows_together_what_was_asked_together(team: World) -> None:
     terminal.end()
 
 
+def test_watch_answers_the_rest_when_one_of_several_is_gone(team: World) -> None:
+    """Of two requests in one prompt the first is denied elsewhere meanwhile: that is said, and the yes counts for the other. A slip of the key asks again."""
+    process = team.place.start("exec", "--secret", "A=test_api_key", "--secret", "B=test_api_key:other", "--user", "anna", "--", "true")
+    first, second = team.pending(2)
+    terminal = Terminal(team.place, "consent", "watch", "--approver", "anna", columns=200)
+    terminal.until("Passphrase of anna")
+    terminal.type("the sentence of anna\n")
+    terminal.until("[q]uit: ")
+    terminal.type("x\n")
+    terminal.until("none of the four")
+    team.ok("consent", "deny", first, "--reason", "not this one")
+    terminal.until("[q]uit: ")
+    terminal.type("a\n")
+    terminal.until(f"{first} is denied already")
+    terminal.until(f"{second}  approved")
+    assert end_of(process)[0] == 125
+    terminal.type("\x03")
+    terminal.end()
+
+
 def test_an_approver_who_leaves_takes_his_signature_with_him(team: World) -> None:
     """A request that he has signed is void, and can be made anew; his own reason is no word of grace's."""
     waiting = team.ask("high", mode="collect")
