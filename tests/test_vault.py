@@ -1078,7 +1078,8 @@ def test_two_of_three_open_and_one_does_not(vault_place: Place) -> None:
     assert (alone.status, alone.out) == (5, "")
     assert "needs more approvers of user" in alone.err
     twice = vault_place.call("secret", "reshare", "pair", *signed_as(vault_place, "ben"), *signed_as(vault_place, "ben"))
-    assert (twice.status, twice.out) == (5, "")
+    assert (twice.status, twice.out) == (2, "")
+    assert "name each approver once" in twice.err
     both = (*signed_as(vault_place, "ben"), *signed_as(vault_place, "anna"))
     shown = vault_place.json("secret", "reshare", "pair", *both, "--policy", "user:2of3 & governance:1")
     assert (shown["policy"], shown["owner"], shown["version"], shown["risk_level"]) == ("user:2of3 & governance:1of2", "ben", 2, "medium")
