@@ -21,7 +21,8 @@ The file reads downwards; a section uses only those above it (`grep -n '^# ===' 
     doctor        what is wrong or weak on this machine
     queue         rows of handlers, tasks and attempts
     ladder        what is due, and the steps
-    learning      outcomes and totals
+    statistics    what ended by the hour, histograms, percentiles
+    learning      outcomes
     intents       rows, links to tasks
     lifecycle     submit, start, finish, cancel, retry, recover, repair: the functions that write across sections
     processes     logs, starting, watching and ending process groups
@@ -44,6 +45,7 @@ import fcntl
 import functools
 import gc
 import json
+import math
 import operator
 import os
 import re
@@ -885,8 +887,7 @@ class Tx(Reader):
     def __init__(self, store: Store):
         super().__init__(store.con, store.columns)
         self.now, self.actor, self.since = clock(), store.actor, store.since
-        self._counts: dict[tuple[str, str, str, int], int] = {}
-        self._totals: dict[str, int] = {}
+        self._tallies: dict[str, dict[tuple[Any, ...], tuple[int, ...]]] = {}
         self.settings: dict[str, int] = {}  # as read in this transaction
 
     def run(self, sql: str, **params: Any) -> int:
@@ -897,7 +898,7 @@ class Tx(Reader):
             raise explain(error) from error
         return self.con.changes()
 
-    def many(self, sql: str, rows: Iterable[Row]) -> None:
+    def many(self, sql: str, rows: Iterable[Row | tuple[Any, ...]]) -> None:
         try:
             self.con.executemany(sql, rows)
         except apsw.Error as error:
@@ -914,34 +915,40 @@ class Tx(Reader):
             raise explain(error) from error
         self.many(sql, rows[whole:])
 
+    def tally(self, sql: str, key: tuple[Any, ...], *amounts: int) -> None:
+        """Add to sums that are written once, at the transaction's end: `sql` takes the key's values, then the amounts, in this order."""
+        sums = self._tallies.setdefault(sql, {})
+        before = sums.get(key)
+        sums[key] = amounts if before is None else tuple(map(operator.add, before, amounts))
+
     def count(self, old: Row | None, new: Row | None) -> None:
         """A task has come, gone or changed: keep the live counts right."""
         for row, by in ((old, -1), (new, 1)):
             if row is not None:
-                key = (row["handler"] or "", row["status"], row["priority"], row["escalation_level"])
-                self._counts[key] = self._counts.get(key, 0) + by
+                self.tally(COUNT_TASKS, (row["handler"] or "", row["status"], row["priority"], row["escalation_level"]), by)
 
     def total(self, name: str, by: int = 1) -> None:
-        self._totals[name] = self._totals.get(name, 0) + by
+        self.tally(COUNT_TOTAL, (name,), by)
 
     @contextlib.contextmanager
     def savepoint(self) -> Iterator[None]:
         """A part that may be taken back by itself."""
-        counts, totals = dict(self._counts), dict(self._totals)
+        tallies = {sql: dict(sums) for sql, sums in self._tallies.items()}
         self.run("SAVEPOINT part")
         try:
             yield
         except BaseException:
-            self._counts, self._totals = counts, totals
+            self._tallies = tallies
+            self.settings.clear()  # read anew: some may have been written
             self.run("ROLLBACK TO part")
             raise
         finally:
             self.run("RELEASE part")
 
     def flush(self) -> None:
-        """Write what was counted. Called once, before COMMIT."""
-        self.many(COUNT_TASKS, ({"h": h, "s": s, "p": p, "l": level, "n": n} for (h, s, p, level), n in self._counts.items() if n))
-        self.many(COUNT_TOTAL, ({"name": name, "by": by} for name, by in self._totals.items() if by))
+        """Write what was tallied. Called once, before COMMIT."""
+        for sql, sums in self._tallies.items():
+            self.many(sql, (key + amounts for key, amounts in sums.items() if any(amounts)))
 
 
 ROWS_AT_ONCE = 10
@@ -4700,14 +4707,159 @@ def spawn_rescue(tx: Tx, task: Row) -> str | None:
 
 
 # =====================================================================================================================
+# statistics
+# Figures that stay fast: what ended is added to its hour in the transaction that ended it, with a histogram of how long
+# it took. Hours that are over are summed up once, into days and over all kinds and domains, so that a month's percentiles
+# cost as little as a day's, however much has happened. `recount` makes all of it again from the tasks.
+
+LOG_BUCKET = math.log(1.04)
+METRIC_SUMS = ("completed", "failed", "timed_out", "cancelled", "sla_met", "sla_missed", "retried", "runs", "queue_ms", "execution_ms",
+               "total_ms", "buffers", "buffer_ms")  # fmt: skip
+ADD_METRICS = f"""INSERT INTO htm_metrics (level, starts_at, task_type, domain, imported, {', '.join(METRIC_SUMS)})
+  VALUES (:level, :starts_at, :task_type, :domain, :imported, {', '.join(f':{name}' for name in METRIC_SUMS)})
+  ON CONFLICT (level, starts_at, task_type, domain, imported)
+  DO UPDATE SET {', '.join(f'{name} = htm_metrics.{name} + excluded.{name}' for name in METRIC_SUMS)}"""
+ADD_DURATION = """INSERT INTO htm_durations (level, starts_at, task_type, domain, imported, bucket, n)
+  VALUES (:level, :starts_at, :task_type, :domain, :imported, :bucket, :n)
+  ON CONFLICT (level, starts_at, task_type, domain, imported, bucket) DO UPDATE SET n = htm_durations.n + excluded.n"""
+FOLDED_UNTIL = "SELECT value FROM counters WHERE name = 'metrics_folded_until'"
+SET_FOLDED_UNTIL = """INSERT INTO counters (name, value) VALUES ('metrics_folded_until', :at)
+  ON CONFLICT (name) DO UPDATE SET value = excluded.value"""
+HOURS_OVER = "SELECT * FROM htm_metrics WHERE level = 'hour' AND starts_at >= :since AND starts_at < :until"
+DURATIONS_OVER = "SELECT * FROM htm_durations WHERE level = 'hour' AND starts_at >= :since AND starts_at < :until"
+
+
+def bucket_of(ms: int) -> int:
+    """The bucket of a duration: 4 % wide, so that its middle is within 2 % of all that is in it."""
+    return int(math.log(ms) / LOG_BUCKET) if ms > 0 else -1
+
+
+def bucket_middle(bucket: int) -> float:
+    """The duration (ms) that stands for a bucket: of the whole numbers in it, the geometric mean of the least and the greatest."""
+    if bucket < 0:
+        return 0.0
+    low, high = math.ceil(math.exp(bucket * LOG_BUCKET) - 1e-9), math.ceil(math.exp((bucket + 1) * LOG_BUCKET) - 1e-9) - 1
+    return round(math.sqrt(low * max(low, high)), 1)
+
+
+def add_metrics(tx: Tx, task: Row) -> None:
+    """Add a task that has just ended to its hour, and to the all-time totals."""
+    if task["sla_met"] is not None:
+        tx.total("sla_met" if task["sla_met"] else "sla_missed")
+    hour = tx.now - tx.now % HOUR
+    folded = fold_hours(tx, hour)
+    add_sums(tx, hour, task["task_type"], task["domain"], 0, metric_sums(task), folded)
+    if task["status"] == "completed" and task["execution_time_ms"] is not None:
+        add_duration(tx, hour, task["task_type"], task["domain"], 0, bucket_of(task["execution_time_ms"]), 1, folded)
+
+
+def metric_sums(task: Row) -> tuple[int, ...]:
+    """What one ended task adds, in the order of METRIC_SUMS."""
+    status, done = task["status"], task["status"] == "completed"
+    ran, buffered = done and task["execution_time_ms"] is not None, done and task["sla_buffer_ms"] is not None
+    met = task["sla_met"]
+    return (int(done), int(status == "failed"), int(status == "timeout"), int(status == "cancelled"), int(met == 1), int(met == 0),
+            int(task["attempt_number"] > 1), int(ran), (task["queue_time_ms"] or 0) if ran else 0, task["execution_time_ms"] if ran else 0,
+            (task["total_time_ms"] or 0) if ran else 0, int(buffered), task["sla_buffer_ms"] if buffered else 0)  # fmt: skip
+
+
+def levels_of(hour: int, task_type: str, domain: str, imported: int, folded: int) -> Iterator[tuple[str, int, str, str, int]]:
+    """The rows that something in this hour belongs to now: its hour's, and those of the coarser levels once the hour has been summed up."""
+    yield "hour", hour, task_type, domain, imported
+    if hour >= folded:
+        return
+    day = hour - hour % DAY
+    yield "day", day, task_type, domain, imported
+    if not imported:
+        yield "hour_all", hour, "", "", 0
+        yield "day_all", day, "", "", 0
+
+
+def add_sums(tx: Tx, hour: int, task_type: str, domain: str, imported: int, sums: tuple[int, ...], folded: int) -> None:
+    for key in levels_of(hour, task_type, domain, imported, folded):
+        tx.tally(ADD_METRICS, key, *sums)
+
+
+def add_duration(tx: Tx, hour: int, task_type: str, domain: str, imported: int, bucket: int, n: int, folded: int) -> None:
+    for key in levels_of(hour, task_type, domain, imported, folded):
+        tx.tally(ADD_DURATION, (*key, bucket), n)
+
+
+def fold_hours(tx: Tx, hour: int) -> int:
+    """Sum up the hours before this one that are not in the coarser levels yet; the instant up to which they are."""
+    folded = tx.settings.get("_metrics_folded_until")
+    if folded is None:
+        folded = tx.settings["_metrics_folded_until"] = int(tx.value(FOLDED_UNTIL) or 0)
+    if hour <= folded:
+        return folded
+    for row in tx.all(HOURS_OVER, since=folded, until=hour):
+        for key in levels_of(row["starts_at"], row["task_type"], row["domain"], row["imported"], hour):
+            if key[0] != "hour":
+                tx.tally(ADD_METRICS, key, *(row[name] for name in METRIC_SUMS))
+    for row in tx.all(DURATIONS_OVER, since=folded, until=hour):
+        for key in levels_of(row["starts_at"], row["task_type"], row["domain"], row["imported"], hour):
+            if key[0] != "hour":
+                tx.tally(ADD_DURATION, (*key, row["bucket"]), row["n"])
+    tx.run(SET_FOLDED_UNTIL, at=hour)
+    tx.settings["_metrics_folded_until"] = hour
+    return hour
+
+
+WINDOW_ROWS = """ WHERE (level = 'day_all' AND starts_at >= :day AND starts_at < :last_day)
+  OR (level = 'hour_all' AND starts_at >= :since AND starts_at < :day) OR (level = 'hour_all' AND starts_at >= :last_day AND starts_at < :folded)
+  OR (level = 'hour' AND imported = 0 AND starts_at >= :folded)"""
+WINDOW_SUMS = f"SELECT {', '.join(f'COALESCE(SUM({name}), 0) AS {name}' for name in METRIC_SUMS)} FROM htm_metrics{WINDOW_ROWS}"
+WINDOW_DURATIONS = f"SELECT bucket, SUM(n) AS n FROM htm_durations{WINDOW_ROWS} GROUP BY bucket ORDER BY bucket"
+
+
+def window_bounds(reader: Reader, since: int) -> dict[str, int]:
+    """Which rows make up the time from the full hour `since` on: whole days where there are, hours around them, and what is not summed up yet."""
+    since -= since % HOUR
+    folded = max(since, int(reader.value(FOLDED_UNTIL) or 0))
+    last_day = folded - folded % DAY
+    day = since + -since % DAY
+    if day >= last_day:  # no whole day in it
+        day = last_day = since
+    return {"since": since, "day": day, "last_day": last_day, "folded": folded}
+
+
+def percentile(histogram: Iterable[tuple[int, int]], part: float) -> float | None:
+    """The nearest-rank percentile (ms, within 2 %) of (bucket, count) in ascending order; None where nothing was counted."""
+    histogram = list(histogram)
+    rank = math.ceil(part * sum(n for _, n in histogram) - 1e-9)
+    for bucket, n in histogram:
+        rank -= n
+        if rank <= 0 and n:
+            return bucket_middle(bucket)
+    return None
+
+
+def window_figures(reader: Reader, since: int) -> Row:
+    """Averages and percentiles (ms) of what has been completed since then, counted in whole hours; null where nothing was."""
+    bounds = window_bounds(reader, since)
+    sums = reader.one(WINDOW_SUMS, **bounds) or {}
+    durations = [(row["bucket"], row["n"]) for row in reader.all(WINDOW_DURATIONS, **bounds)]
+    runs, buffers = sums["runs"], sums["buffers"]
+    return {
+        "avg_buffer_ms": sums["buffer_ms"] / buffers if buffers else None,
+        **{f"avg_{name}_time_ms": sums[f"{name}_ms"] / runs if runs else None for name in ("queue", "execution", "total")},
+        **{f"p{part}_execution_ms": percentile(durations, part / 100) for part in (50, 95, 99)},
+        "window_since_at": format_instant(bounds["since"]),
+    }  # fmt: skip
+
+
+# =====================================================================================================================
 # learning
-# What came of each task, written once, in the transaction that ended it; and the all-time totals behind `status`. The
-# outcomes are what later decisions about deadlines can rest on.
+# What came of each task, written once, in the transaction that ended it. The outcomes are what later decisions about
+# deadlines can rest on.
 
 INSERT_OUTCOME = """INSERT INTO outcome_records (task_id, intent_id, action_type, handler, domain, success, confidence_score,
     execution_time, context, created_at)
   VALUES (:task_id, :intent_id, :action_type, :handler, :domain, :success,
     (SELECT confidence FROM intent_records WHERE intent_id = :intent_id), :execution_time, :context, :now)"""
+STARTS_OF = "SELECT COUNT(*) AS n FROM htm_task_attempts WHERE task_id = :id"
+NOTE_SLEEP = "INSERT INTO suspensions (woke_at, asleep_ms) VALUES (:now, :asleep)"
+ASLEEP_SINCE = "SELECT COALESCE(SUM(asleep_ms), 0) AS ms FROM suspensions WHERE woke_at >= :since"
 OUTCOME_OF = "SELECT 1 AS known FROM outcome_records WHERE task_id = :id"
 
 
@@ -4716,8 +4868,12 @@ def as_truth(value: int | None) -> bool | None:
 
 
 def record_outcome(tx: Tx, task: Row) -> None:
-    """The outcome of a task that has just ended, its event, and the totals."""
-    metrics = {name: task[name] for name in ("queue_time_ms", "execution_time_ms", "attempt_number", "sla_buffer_ms")}
+    """The outcome of a task that has just ended, and its event."""
+    metrics = {name: task[name] for name in ("queue_time_ms", "execution_time_ms", "total_time_ms", "attempt_number", "sla_buffer_ms")}
+    unusual = {"interruptions": tx.value(STARTS_OF, id=task["task_id"]) - task["attempt_number"],
+               "asleep_ms": tx.value(ASLEEP_SINCE, since=task["queued_at"]),
+               "asleep_running_ms": tx.value(ASLEEP_SINCE, since=task["started_at"]) if task["started_at"] else 0}  # fmt: skip
+    metrics.update((name, value) for name, value in unusual.items() if value > 0)
     context = {"intent_id": task["intent_id"], "goal": task["goal"], "status": task["status"], "reason": task["reason"],
                "sla_met": as_truth(task["sla_met"]), "metrics": metrics}  # fmt: skip
     success, seconds = int(task["status"] == "completed"), task["execution_time_ms"] and task["execution_time_ms"] / 1000
@@ -4727,19 +4883,6 @@ def record_outcome(tx: Tx, task: Row) -> None:
     emit(tx, "learning.outcome", task["task_id"], {
         "task_id": task["task_id"], "intent_id": task["intent_id"], "handler": task["handler"], "domain": task["domain"],
         "success": bool(success), "sla_met": as_truth(task["sla_met"]), **metrics})  # fmt: skip
-
-
-def add_totals(tx: Tx, task: Row) -> None:
-    """Sums behind the averages, of every task that reached a final state."""
-    if task["sla_met"] is not None:
-        tx.total("sla_met" if task["sla_met"] else "sla_missed")
-        tx.total("buffer_ms_sum", task["sla_buffer_ms"])
-        tx.total("buffer_ms_n")
-    if task["status"] != "completed":
-        return
-    for name in ("queue_time_ms", "execution_time_ms", "total_time_ms"):
-        tx.total(f"{name}_sum", task[name] or 0)
-    tx.total("completed_n")
 
 
 # =====================================================================================================================
@@ -5125,7 +5268,7 @@ def finish_one(tx: Tx, task: Row, status: str, reason: str | None, ending: Row, 
                        error=ending.get("error"), exit_status=ending.get("exit_status"), was=task["status"],
                        sla_met=sla_verdict(status, task["sla_deadline"], task["escalation_level"], tx.now),
                        execution_ms=execution_ms(task, tx.now), attempt_id=task["attempt_id"] or "")  # fmt: skip
-    add_totals(tx, row)
+    add_metrics(tx, row)
     end_rescue_of(tx, row, cause)
     if status != "completed" or reason is not None:  # else it has used what it was given
         withdraw_for_task(tx, row["task_id"])
@@ -6785,6 +6928,8 @@ class Daemon:
                 return  # another daemon has seen the same jump, and moved the leases
             tx.run(SET_SETTING, name="_clock_jump", value=f"{boot_id()} {now[2]}", now=tx.now)
             tx.run(EXTEND_LEASES, by=asleep + step)
+            if asleep >= SECOND:
+                tx.run(NOTE_SLEEP, now=tx.now, asleep=asleep)
             emit(tx, "daemon.suspended", self.worker, {"worker_id": self.worker, "asleep_ms": asleep, "clock_step_ms": step})
 
         self.store.write(record)
@@ -7439,12 +7584,11 @@ PARKED_PENDING = """SELECT c.consent_id FROM htm_tasks t JOIN secret_consent_rec
   WHERE t.status = 'blocked' AND t.reason = 'waiting_consent' ORDER BY c.seq"""
 
 
-def queue_counters(reader: Reader, now: int) -> Row:
-    """The dashboard's counters, all of them kept as they change."""
+def queue_counters(reader: Reader, now: int, window: int = DAY) -> Row:
+    """The dashboard's counters, all of them kept as they change; averages and percentiles are those of the window."""
     totals = {row["name"]: row["value"] for row in reader.all(TOTALS)}
     status = {row["status"]: row["n"] for row in reader.all(STATUS_TOTALS)}
-    met, missed, completed = totals.get("sla_met", 0), totals.get("sla_missed", 0), totals.get("completed_n", 0)
-    average = {name: totals.get(f"{name}_sum", 0) / completed if completed else None for name in ("queue_time_ms", "execution_time_ms", "total_time_ms")}
+    met, missed = totals.get("sla_met", 0), totals.get("sla_missed", 0)
     oldest = reader.value(OLDEST_QUEUED)
     return {
         "total_tasks": sum(status.values()), "active_tasks": status.get("assigned", 0) + status.get("running", 0),
@@ -7452,9 +7596,7 @@ def queue_counters(reader: Reader, now: int) -> Row:
         "failed_tasks": status.get("failed", 0) + status.get("timeout", 0), "cancelled_tasks": status.get("cancelled", 0),
         "sla_compliance_rate": met / (met + missed) if met + missed else None, "active_violations": reader.value(OPEN_VIOLATIONS),
         "total_violations": totals.get("escalations_triggered", 0),
-        "avg_buffer_ms": totals.get("buffer_ms_sum", 0) / totals["buffer_ms_n"] if totals.get("buffer_ms_n") else None,
-        "avg_queue_time_ms": average["queue_time_ms"], "avg_execution_time_ms": average["execution_time_ms"],
-        "avg_total_time_ms": average["total_time_ms"],
+        **window_figures(reader, now - window),
         "queue_depths": {**dict.fromkeys(PRIORITIES, 0), **{row["priority"]: row["n"] for row in reader.all(DEPTHS)}},
         "longest_queued_ms": None if oldest is None else max(0, now - oldest),
         **{name: totals.get(name, 0) for name in ("warnings_issued", "escalations_triggered", "sub_agents_spawned",

@@ -188,7 +188,7 @@ CREATE TABLE task_dependencies (
   PRIMARY KEY (task_id, intent_id)
 ) STRICT;
 
--- What came of each finished task that was not a rescue; the learning loop reads it.
+-- What came of each finished task that was not a rescue, and of imported runs; the learning loop reads it.
 CREATE TABLE outcome_records (
   seq              INTEGER PRIMARY KEY,
   task_id          TEXT NOT NULL UNIQUE,
@@ -200,7 +200,8 @@ CREATE TABLE outcome_records (
   confidence_score REAL,
   execution_time   REAL,                          -- seconds of the last attempt; NULL: never started
   context          TEXT NOT NULL CONSTRAINT outcome_context CHECK (json_valid(context)),
-  created_at       INTEGER NOT NULL
+  created_at       INTEGER NOT NULL,              -- when it ended
+  imported         INTEGER NOT NULL DEFAULT 0 CONSTRAINT outcome_imported CHECK (imported IN (0, 1)) -- 1: a run that was no task here
 ) STRICT;
 
 -- The durable bus. Instants inside grace's own payloads are integer milliseconds and shown as RFC 3339.
@@ -234,6 +235,49 @@ CREATE TABLE task_counts (
   level    INTEGER NOT NULL,
   n        INTEGER NOT NULL,
   PRIMARY KEY (handler, status, priority, level)
+) STRICT;
+
+-- What ended in each hour, by kind of task and domain, added to as it happens; it survives the tasks themselves. The coarser levels are
+-- summed up from the hours once these are over: of each day, and of each hour and day for all kinds and domains together.
+CREATE TABLE htm_metrics (
+  level        TEXT NOT NULL CONSTRAINT metrics_level CHECK (level = 'hour' OR level = 'day' OR level = 'hour_all' OR level = 'day_all'),
+  starts_at    INTEGER NOT NULL,                  -- the full hour or day (UTC) in which it ended
+  task_type    TEXT NOT NULL,                     -- empty: all kinds together
+  domain       TEXT NOT NULL,                     -- empty: all domains together
+  imported     INTEGER NOT NULL CONSTRAINT metrics_imported CHECK (imported IN (0, 1)), -- 1: runs that were no tasks here
+  completed    INTEGER NOT NULL,
+  failed       INTEGER NOT NULL,
+  timed_out    INTEGER NOT NULL,
+  cancelled    INTEGER NOT NULL,
+  sla_met      INTEGER NOT NULL,
+  sla_missed   INTEGER NOT NULL,
+  retried      INTEGER NOT NULL,                  -- those that took more than one attempt
+  runs         INTEGER NOT NULL,                  -- completed ones whose execution time is known; its sums follow
+  queue_ms     INTEGER NOT NULL,
+  execution_ms INTEGER NOT NULL,
+  total_ms     INTEGER NOT NULL,
+  buffers      INTEGER NOT NULL,                  -- completed ones with an SLA
+  buffer_ms    INTEGER NOT NULL,                  -- the sum of theirs
+  PRIMARY KEY (level, starts_at, task_type, domain, imported)
+) STRICT;
+
+-- How long completed runs took: a histogram for each row of htm_metrics, in buckets that are 4 % wide.
+CREATE TABLE htm_durations (
+  level     TEXT NOT NULL CONSTRAINT durations_level CHECK (level = 'hour' OR level = 'day' OR level = 'hour_all' OR level = 'day_all'),
+  starts_at INTEGER NOT NULL,
+  task_type TEXT NOT NULL,
+  domain    TEXT NOT NULL,
+  imported  INTEGER NOT NULL CONSTRAINT durations_imported CHECK (imported IN (0, 1)),
+  bucket    INTEGER NOT NULL,                     -- the whole part of log(ms) / log(1.04); -1 for 0 ms
+  n         INTEGER NOT NULL,
+  PRIMARY KEY (level, starts_at, task_type, domain, imported, bucket)
+) STRICT;
+
+-- For how long the machine slept, as some worker noticed when it woke: runs are not slower for that.
+CREATE TABLE suspensions (
+  seq       INTEGER PRIMARY KEY,
+  woke_at   INTEGER NOT NULL,
+  asleep_ms INTEGER NOT NULL CONSTRAINT suspension_length CHECK (asleep_ms > 0)
 ) STRICT;
 
 -- Daemons and foreground runners. One is alive exactly while it holds the lock on its own file.
@@ -417,6 +461,7 @@ CREATE UNIQUE INDEX attempt_open_once ON htm_task_attempts (task_id) WHERE finis
 CREATE INDEX attempt_open_of_worker ON htm_task_attempts (worker_id) WHERE finished_at IS NULL;
 CREATE INDEX attempt_lease ON htm_task_attempts (lease_expires_at) WHERE finished_at IS NULL AND lease_ms IS NOT NULL;
 CREATE INDEX dependency_of_intent ON task_dependencies (intent_id);
+CREATE INDEX outcome_of_handler ON outcome_records (handler, created_at);
 CREATE INDEX event_subject ON events (subject, seq) WHERE subject IS NOT NULL;
 CREATE UNIQUE INDEX intent_key ON intent_records (idempotency_key) WHERE idempotency_key IS NOT NULL;
 CREATE INDEX intent_of_task ON intent_records (htm_task_id) WHERE htm_task_id IS NOT NULL;

@@ -126,7 +126,7 @@ def test_an_outcome_is_recorded_once_and_learned_from(pair: Place) -> None:
     assert [row[:7] for row in rows] == [[done["task_id"], "pair", "intent_general", "work", "general", 1, 0.5]]
     context = json.loads(rows[0][7])
     assert (context["intent_id"], context["goal"], context["sla_met"]) == ("pair", "the goal", True)
-    assert context["metrics"] == {name: done[name] for name in ("queue_time_ms", "execution_time_ms", "attempt_number", "sla_buffer_ms")}
+    assert context["metrics"] == {name: done[name] for name in ("queue_time_ms", "execution_time_ms", "total_time_ms", "attempt_number", "sla_buffer_ms")}
     intent = pair.intent("pair")
     assert (intent["learned_from"], intent["completed_at"], intent["result"]) == (True, done["finished_at"], {"n": 1})
     pair.ok("daemon", "--once")

@@ -132,6 +132,9 @@ QUEUED, RUNNING, COMPLETED = task("queued"), task("running"), task("completed")
 ATTEMPT = "INSERT INTO htm_task_attempts (attempt_id, task_id, attempt_number, worker_id, token, created_at, {more}) " \
           "SELECT 'a', task_id, 1, 'w', 't', 1, {values} FROM htm_tasks WHERE " + QUEUED  # fmt: skip
 WORKER = "INSERT INTO workers VALUES ('w', '{kind}', 1, '/l', 'b', 1, '{state}', 1, 1, {stopped})"
+METRICS = "INSERT INTO htm_metrics (level, starts_at, task_type, domain, imported, completed, failed, timed_out, cancelled, sla_met, sla_missed, " \
+          "retried, runs, queue_ms, execution_ms, total_ms, buffers, buffer_ms) " \
+          "VALUES ('{level}', 0, '', '', {imported}, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)"  # fmt: skip
 CHECKS = {
     "handler_name": "UPDATE handlers SET name = ''",
     "handler_argv": "UPDATE handlers SET argv = '[]', external = 0",
@@ -195,6 +198,12 @@ CHECKS = {
     "outcome_context": "INSERT INTO outcome_records (task_id, action_type, domain, success, context, created_at) VALUES ('t', 'a', 'd', 1, '{', 1)",
     "event_topic": "INSERT INTO events (topic, source, created_at, payload) VALUES ('', 's', 1, '{}')",
     "event_payload": "INSERT INTO events (topic, source, created_at, payload) VALUES ('a.b', 's', 1, 'text')",
+    "outcome_imported": "INSERT INTO outcome_records (task_id, action_type, domain, success, context, created_at, imported) VALUES ('t', 'a', 'd', 1, '{}', 1, 2)",
+    "metrics_level": METRICS.format(level="week", imported=0),
+    "metrics_imported": METRICS.format(level="day", imported=2),
+    "durations_level": "INSERT INTO htm_durations (level, starts_at, task_type, domain, imported, bucket, n) VALUES ('week', 0, '', '', 0, 1, 1)",
+    "durations_imported": "INSERT INTO htm_durations (level, starts_at, task_type, domain, imported, bucket, n) VALUES ('day', 0, '', '', 2, 1, 1)",
+    "suspension_length": "INSERT INTO suspensions (woke_at, asleep_ms) VALUES (1, 0)",
     "worker_kind": WORKER.format(kind="person", state="running", stopped="NULL"),
     "worker_state": WORKER.format(kind="daemon", state="asleep", stopped="NULL"),
     "worker_stop_has_instant": WORKER.format(kind="daemon", state="stopped", stopped="NULL"),
