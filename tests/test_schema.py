@@ -198,7 +198,8 @@ CHECKS = {
     "outcome_context": "INSERT INTO outcome_records (task_id, action_type, domain, success, context, created_at) VALUES ('t', 'a', 'd', 1, '{', 1)",
     "event_topic": "INSERT INTO events (topic, source, created_at, payload) VALUES ('', 's', 1, '{}')",
     "event_payload": "INSERT INTO events (topic, source, created_at, payload) VALUES ('a.b', 's', 1, 'text')",
-    "outcome_imported": "INSERT INTO outcome_records (task_id, action_type, domain, success, context, created_at, imported) VALUES ('t', 'a', 'd', 1, '{}', 1, 2)",
+    "outcome_imported": "INSERT INTO outcome_records (task_id, action_type, domain, success, context, created_at, imported) "
+                        "VALUES ('t', 'a', 'd', 1, '{}', 1, 2)",
     "metrics_level": METRICS.format(level="week", imported=0),
     "metrics_imported": METRICS.format(level="day", imported=2),
     "durations_level": "INSERT INTO htm_durations (level, starts_at, task_type, domain, imported, bucket, n) VALUES ('week', 0, '', '', 0, 1, 1)",
