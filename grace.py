@@ -6556,6 +6556,19 @@ def clock_jump(before: tuple[int, int, int], after: tuple[int, int, int]) -> tup
     return boot - monotonic, wall - boot
 
 
+def record_clock_jump(tx: Tx, worker: str, before: tuple[int, int, int], now: tuple[int, int, int]) -> None:
+    """The machine slept or its clock was set between two readings of clocks(): an event, and the leases moved along; once, whoever notices it."""
+    asleep, step = clock_jump(before, now)
+    known = (tx.value(GET_SETTING, name="_clock_jump") or " 0").split()
+    if known[0] == boot_id() and int(known[-1]) > before[2]:
+        return  # another worker has seen the same jump
+    tx.run(SET_SETTING, name="_clock_jump", value=f"{boot_id()} {now[2]}", now=tx.now)
+    tx.run(EXTEND_LEASES, by=asleep + step)
+    if asleep + step >= SECOND:
+        tx.run(NOTE_SLEEP, now=tx.now, asleep=asleep + step)
+    emit(tx, "daemon.suspended", worker, {"worker_id": worker, "asleep_ms": asleep, "clock_step_ms": step})
+
+
 BURIED = b"dead"  # in the lock file of a worker that somebody else has found dead and holds the lock of
 
 
@@ -6921,18 +6934,7 @@ class Daemon:
         self.last_clocks = now
         if asleep < SECOND and abs(step) < SECOND:
             return
-
-        def record(tx: Tx) -> None:
-            known = (tx.value(GET_SETTING, name="_clock_jump") or " 0").split()
-            if known[0] == boot_id() and int(known[-1]) > before[2]:
-                return  # another daemon has seen the same jump, and moved the leases
-            tx.run(SET_SETTING, name="_clock_jump", value=f"{boot_id()} {now[2]}", now=tx.now)
-            tx.run(EXTEND_LEASES, by=asleep + step)
-            if asleep >= SECOND:
-                tx.run(NOTE_SLEEP, now=tx.now, asleep=asleep)
-            emit(tx, "daemon.suspended", self.worker, {"worker_id": self.worker, "asleep_ms": asleep, "clock_step_ms": step})
-
-        self.store.write(record)
+        self.store.write(lambda tx: record_clock_jump(tx, self.worker, before, now))
         self.look = True
         self.say("clock", {"asleep_ms": asleep, "clock_step_ms": step})
 
@@ -7337,7 +7339,11 @@ class Runner:
 
     def _watch(self, child: Child) -> None:
         """Its ladder, its orders and its signals, until the command has ended."""
+        before = clocks()
         while not self.sup.ended():
+            before, last = clocks(), before
+            if max(map(abs, clock_jump(last, before))) >= SECOND:
+                self._record(functools.partial(record_clock_jump, worker=self.worker, before=last, now=before))
             for signum in self._signals():
                 self.sup.stop(child, "interrupted", at_once=bool(self.stopped_by))
                 self.stopped_by = self.stopped_by or signum
@@ -8705,6 +8711,8 @@ def handler_add(app: App, name: str, cmd: tuple[str, ...], external: bool, repla
     An argument that is exactly {goal}, {task_id} or {context.KEY} is replaced by the task's own. Its tasks wait for consent to use its secrets."""
     if external == bool(cmd):
         raise UsageError("write the command after --, or --external", f"such as: grace handler add {name} --sla 5m -- /usr/local/bin/work {{context.folder}}")
+    if name in ("command", "rescue"):
+        raise UsageError(f"{name!r} is what grace itself calls a kind of task", "choose another name")
     if options["rescue"] == name:
         raise UsageError("--rescue: a handler cannot rescue itself, or its work would run twice at once")
     if options["warn_at"] >= options["critical_at"]:

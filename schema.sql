@@ -273,7 +273,7 @@ CREATE TABLE htm_durations (
   PRIMARY KEY (level, starts_at, task_type, domain, imported, bucket)
 ) STRICT;
 
--- For how long the machine slept, as some worker noticed when it woke: runs are not slower for that.
+-- For how long the machine slept, or by how much its clock was set forward, as some worker noticed: no run is slower for that.
 CREATE TABLE suspensions (
   seq       INTEGER PRIMARY KEY,
   woke_at   INTEGER NOT NULL,

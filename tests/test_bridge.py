@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -132,6 +133,24 @@ def test_an_outcome_is_recorded_once_and_learned_from(pair: Place) -> None:
     pair.ok("daemon", "--once")
     assert pair.sql("SELECT COUNT(*) FROM outcome_records") == [[1]]
     assert len(pair.events("learning.outcome")) == 1
+
+
+def test_an_outcome_tells_of_time_asleep_and_of_interruptions(place: Place, module: Any) -> None:
+    """What the machine slept while the task was open, once for one sleep whoever noticed it; and starts that came to nothing."""
+    place.handler("work", "--external")
+    place.submit("slept through", "--handler", "work", "--sla", "1h")
+    with contextlib.closing(module.Store(str(place.db))) as store:
+        task = store.write(lambda tx: module.claim_external(tx, ["work"], "w", 60_000))
+        before = module.clocks()
+        after = (before[0] + 9000, before[1] + 2000, before[2] + 9000)  # 9 s by the wall, of which the machine was awake for 2
+        for worker in ("first", "second"):
+            store.write(lambda tx, worker=worker: module.record_clock_jump(tx, worker, before, after))
+        store.write(lambda tx: module.end_attempt(tx, task["task_id"], task["attempt_id"], {"outcome": "interrupted"}))
+        task = store.write(lambda tx: module.claim_external(tx, ["work"], "w", 60_000))
+        store.write(lambda tx: module.end_attempt(tx, task["task_id"], task["attempt_id"], {"outcome": "completed"}))
+    metrics = json.loads(place.sql("SELECT context FROM outcome_records")[0][0])["metrics"]
+    assert (metrics["asleep_ms"], metrics["interruptions"], metrics["attempt_number"]) == (7000, 1, 1)
+    assert "asleep_running_ms" not in metrics and len(place.events("daemon.suspended")) == 1
 
 
 def test_an_outcome_that_was_lost_is_recorded_again_and_one_that_was_not_is_not(pair: Place) -> None:

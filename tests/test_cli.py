@@ -379,13 +379,12 @@ def test_exit_codes(place: Place) -> None:
     place.ok("daemon", "--once")
     notes = place.folder / "notes.txt"
     notes.write_text("this is no database, whatever its name\n" * 50)
-    for status, code, words in ((2, "usage", ["task", "show"]), (2, "usage", ["submit-intent", "x", "--handler", "work", "--sla", "5"]), (2, "usage",
-                                                                                                                                          ["events",
-                                                                                                                                           "publish",
-                                                                                                                                           "htm.task.x"]),
+    for status, code, words in ((2, "usage", ["task", "show"]), (2, "usage", ["submit-intent", "x", "--handler", "work", "--sla", "5"]),
+                                (2, "usage", ["events", "publish", "htm.task.x"]),
                                 (3, "not_found", ["task", "show", "task_none"]), (3, "not_found", ["submit-intent", "x", "--handler", "wrok"]),
                                 (3, "not_found", ["config", "get", "nothing"]), (4, "conflict", ["intent", "cancel", intent]),
-                                (4, "conflict", ["handler", "add", "work", "--", "true"]), (4, "conflict", ["handler", "remove", "outside"]),
+                                (4, "conflict", ["handler", "add", "work", "--", "true"]), (2, "usage", ["handler", "add", "rescue", "--", "true"]),
+                                (2, "usage", ["handler", "add", "command", "--external"]), (4, "conflict", ["handler", "remove", "outside"]),
                                 (8, "database", ["--db", str(notes), "status"]), (8, "database", ["--db", str(place.folder), "status"])):  # fmt: skip
         done = place.call(*words, "--json") if "--" not in words else place.call("--json", *words)
         assert (done.status, done.error["code"], done.out) == (status, code, ""), words

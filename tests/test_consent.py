@@ -1389,13 +1389,28 @@ def test_a_stopped_process_that_holds_the_vaults_lock_stops_nobody_for_ever(team
         os.close(held)
 
 
+def stop_without_the_lock(team: World, process: subprocess.Popen[bytes]) -> None:
+    """Stop a process at a moment when it is not writing, so that others can."""
+
+    def stopped() -> bool:
+        process.send_signal(signal.SIGSTOP)
+        until(lambda: Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", "it to be stopped")
+        with open(f"{team.place.db}-ticket", "rb") as ticket, contextlib.suppress(BlockingIOError):
+            fcntl.flock(ticket, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        process.send_signal(signal.SIGCONT)
+        return False
+
+    until(stopped, "a moment without the lock")
+
+
 def test_a_requester_killed_before_and_after_its_approval(team: World) -> None:
     """Killed before: not approvable. Killed after: nobody else gets the value; the grant ends unused."""
     for approved in (False, True):
         asking = team.get("test_api_key")
         (consent_id,) = team.pending()
         assert asking.stderr and b"waiting for consent" in asking.stderr.readline()  # it holds no lock any more
-        asking.send_signal(signal.SIGSTOP)  # so that it does not notice
+        stop_without_the_lock(team, asking)  # so that it does not notice
         if approved:
             team.approve(consent_id, "anna")
         asking.kill()
