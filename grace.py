@@ -4859,6 +4859,7 @@ INSERT_OUTCOME = """INSERT INTO outcome_records (task_id, intent_id, action_type
     (SELECT confidence FROM intent_records WHERE intent_id = :intent_id), :execution_time, :context, :now)"""
 STARTS_OF = "SELECT COUNT(*) AS n FROM htm_task_attempts WHERE task_id = :id"
 NOTE_SLEEP = "INSERT INTO suspensions (woke_at, asleep_ms) VALUES (:now, :asleep)"
+LAST_WOKE = "SELECT COALESCE(MAX(woke_at), 0) AS at FROM suspensions"
 ASLEEP_SINCE = "SELECT COALESCE(SUM(asleep_ms), 0) AS ms FROM suspensions WHERE woke_at >= :since"
 OUTCOME_OF = "SELECT 1 AS known FROM outcome_records WHERE task_id = :id"
 
@@ -4867,13 +4868,23 @@ def as_truth(value: int | None) -> bool | None:
     return None if value is None else bool(value)
 
 
+def unusual_metrics(tx: Tx, task: Row) -> Row:
+    """What most runs have none of, and is not asked for where the row tells: starts that came to nothing, and time (ms) asleep."""
+    found: Row = {}
+    if task["attempt_number"] != 1 or task["started_at"] is None or task["started_at"] - task["queued_at"] != task["queue_time_ms"]:
+        found["interruptions"] = tx.value(STARTS_OF, id=task["task_id"]) - task["attempt_number"]
+    if "_woke_at" not in tx.settings:
+        tx.settings["_woke_at"] = tx.value(LAST_WOKE)
+    if tx.settings["_woke_at"] >= task["queued_at"]:
+        found["asleep_ms"] = tx.value(ASLEEP_SINCE, since=task["queued_at"])
+        found["asleep_running_ms"] = tx.value(ASLEEP_SINCE, since=task["started_at"]) if task["started_at"] else 0
+    return {name: value for name, value in found.items() if value > 0}
+
+
 def record_outcome(tx: Tx, task: Row) -> None:
     """The outcome of a task that has just ended, and its event."""
     metrics = {name: task[name] for name in ("queue_time_ms", "execution_time_ms", "total_time_ms", "attempt_number", "sla_buffer_ms")}
-    unusual = {"interruptions": tx.value(STARTS_OF, id=task["task_id"]) - task["attempt_number"],
-               "asleep_ms": tx.value(ASLEEP_SINCE, since=task["queued_at"]),
-               "asleep_running_ms": tx.value(ASLEEP_SINCE, since=task["started_at"]) if task["started_at"] else 0}  # fmt: skip
-    metrics.update((name, value) for name, value in unusual.items() if value > 0)
+    metrics.update(unusual_metrics(tx, task))
     context = {"intent_id": task["intent_id"], "goal": task["goal"], "status": task["status"], "reason": task["reason"],
                "sla_met": as_truth(task["sla_met"]), "metrics": metrics}  # fmt: skip
     success, seconds = int(task["status"] == "completed"), task["execution_time_ms"] and task["execution_time_ms"] / 1000
