@@ -11046,9 +11046,16 @@ def policy_document(vault: Vault) -> Row:
             "created_at": format_instant(rules["created"]), "rules": in_order(rules["rules"])}  # fmt: skip
 
 
+def rule_condition(rule: Row) -> str:
+    """What a rule is about, in words; nothing named is any use."""
+    parts = [f"{what} {printable(rule[what])}" for what in RULE_TEXTS if rule[what]]
+    parts += [f"risk {rule['risk']} or higher"] if rule["risk"] else []
+    parts += [f"{rule['hours']} {rule['zone']}"] if rule["hours"] else []
+    return ", ".join(parts) or "any use"
+
+
 def show_policy(app: App, document: Row) -> None:
-    lines = [(rule["name"], f"{rule['effect']} {rule['group'] or ''}".strip(), *(printable(rule[what] or "any") for what in RULE_TEXTS), rule["risk"] or "any",
-              f"{rule['hours']} {rule['zone']}" if rule["hours"] else "any") for rule in document["rules"]]  # fmt: skip
+    lines = [(rule["name"], f"{rule['effect']} {rule['group'] or ''}".strip(), rule_condition(rule)) for rule in document["rules"]]
 
     def plain() -> None:
         if document["number"]:
@@ -11056,7 +11063,7 @@ def show_policy(app: App, document: Row) -> None:
             write_out(f"set {document['number']}, signed by {printable(document['signer'] or 'a stranger')}, {verified}")
         if document["problem"]:
             write_out(f"not in force, and only low risk opens: {printable(document['problem'])}")
-        show_table(("RULE", "EFFECT", "SECRET", "SERVICE", "ACTION", "BY", "RISK", "HOURS"), lines, "no rules: the risk of each use decides")
+        show_table(("RULE", "EFFECT", "WHEN"), lines, "no rules: the risk of each use decides")
 
     app.show(document, plain)
 
