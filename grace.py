@@ -11,6 +11,7 @@ The file reads downwards; a section uses only those above it (`grep -n '^# ===' 
 
     words         version, exit codes, errors, the closed sets
     rules         pure decisions: durations, ids, deadlines, ladder steps, back-off, retries
+    prediction    how long runs take: quantiles online, a suggested SLA, the replay of a history
     store         opening, upgrading, transactions, the writers' queue, driver errors into ours
     settings      what the owner may tune
     events        writing and reading the bus, the bell that wakes waiting processes
@@ -53,6 +54,8 @@ import signal
 import stat
 import sys
 import time
+from bisect import bisect_left, bisect_right, insort
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -815,6 +818,356 @@ def shown_git(words: list[str]) -> str:
             hidden = False
         shown.append(plain)
     return " ".join(shown)[:300]
+
+
+# =====================================================================================================================
+# prediction
+# How long the next run keeps to, from the runs before it. Durations are looked at as logarithms, so that ratios count:
+# a few experts follow their level at different speeds, and each keeps the scores (distances from its level) of its last
+# runs, whose quantile it adds. Which of them answers, the pinball loss says; adaptive conformal inference holds the
+# coverage; hours of the day count as far as they explain more than chance would. A run is (ended_at, duration), in ms.
+
+Run = tuple[int, int]
+
+MIN_RUNS = 10  # below this nothing is guessed
+MAX_RUNS = 2000  # older ones are not looked at
+EXPERTS = ((0.0, MAX_RUNS, 1.0), (1 / 40, 300, 1.03), (1 / 6, 300, 1.06))  # least step of the level, scores kept, handicap
+LOSS_MEMORY = 300  # runs over which losses are compared
+SETTLED = 100  # runs after which the level of an expert without a least step rests: its scores then are the plain durations
+CONFORMAL_STEP = 0.0005
+SHIFT_SLACK, SHIFT_ALARM = 0.2, 2.5  # of the sums that notice a change of level, in ranks from -0.5 to 0.5
+HOUR_MEMORY = 0.995  # what an hour's past weighs at its next run
+HOUR_NOISE = 2.0  # how far beyond chance (an F ratio) the hours must differ
+CONFIDENCE = 1.28  # standard errors of an order statistic: nine times in ten
+
+
+def _check_rate(rate: float) -> None:
+    if not 0 < rate < 1:
+        raise ValueError("a rate lies between 0 and 1, such as 0.95")
+
+
+def pinball_loss(actual: float, predicted: float, rate: float) -> float:
+    """What a predicted quantile costs, in the unit of its arguments; least on average at the true one (Koenker & Bassett 1978)."""
+    return rate * (actual - predicted) if actual >= predicted else (1 - rate) * (predicted - actual)
+
+
+def plain_quantile(durations: Iterable[int], rate: float) -> int:
+    """The least of the durations that at least the share `rate` of them does not exceed; ValueError when there are none."""
+    ordered = sorted(durations)
+    if not ordered:
+        raise ValueError("a quantile needs durations")
+    return ordered[max(0, math.ceil(rate * len(ordered) - 1e-9) - 1)]
+
+
+def score_quantile(ordered: list[float], rate: float) -> float:
+    """The quantile that the next score keeps (the (n+1)-th counts too); past the largest, an exponential tail is drawn on."""
+    place = rate * (len(ordered) + 1) - 1
+    below = max(0, int(place))
+    if below + 1 < len(ordered):
+        return ordered[below] + max(0.0, place - below) * (ordered[below + 1] - ordered[below])
+    top = max(2, len(ordered) // 10)
+    if len(ordered) <= top:
+        return ordered[-1]
+    excess = sum(ordered[-top:]) / top - ordered[-top - 1]  # the mean excess is an exponential's scale; in logarithms, Hill's (1975)
+    return ordered[-1] + excess * math.log(1 / ((len(ordered) + 1) * (1 - rate)))
+
+
+class _Expert:
+    """One speed of following the level, with the sorted window of its scores and its discounted pinball loss."""
+
+    __slots__ = ("handicap", "level", "loss", "ordered", "runs", "scores", "step", "window")
+
+    def __init__(self, step: float, window: int, handicap: float):
+        self.step, self.window, self.handicap = step, window, handicap
+        self.level, self.loss, self.runs = 0.0, 0.0, 0
+        self.scores: deque[float] = deque()
+        self.ordered: list[float] = []
+
+    def cost(self) -> float:
+        return self.loss * self.handicap
+
+    def predict(self, rate: float) -> float:
+        return self.level + score_quantile(self.ordered, rate)
+
+    def learn(self, log_ms: float) -> None:
+        """Keep the score of a run, then follow it: as a running mean at first, later by the step."""
+        self.level = self.level if self.runs else log_ms
+        score = log_ms - self.level
+        self.scores.append(score)
+        insort(self.ordered, score)
+        if len(self.scores) > self.window:
+            self._drop(self.scores.popleft())
+        self.runs += 1
+        if self.step or self.runs <= SETTLED:
+            self.level += max(1 / self.runs, self.step) * score
+
+    def move(self, level: float, runs: int) -> None:
+        """Take up a new level that the last runs have shown; their scores, measured from the old one, are dropped."""
+        for _ in range(min(runs, len(self.scores) - 1)):
+            self._drop(self.scores.pop())
+        self.level, self.runs = level, runs
+
+    def _drop(self, score: float) -> None:
+        del self.ordered[bisect_left(self.ordered, score)]
+
+
+class _Hours:
+    """How much longer each hour of the day (UTC) makes a run, in logarithms, shrunk towards nothing by what chance alone would do."""
+
+    __slots__ = ("factors", "first", "last", "level", "noise", "runs", "sums", "weights")
+
+    def __init__(self) -> None:
+        self.factors, self.sums, self.weights = [0.0] * 24, [0.0] * 24, [0.0] * 24
+        self.level, self.noise, self.runs = 0.0, 0.0, 0
+        self.first = self.last = 0
+
+    def factor(self, at: int) -> float:
+        return self.factors[at // HOUR % 24]
+
+    def learn(self, at: int, log_ms: float) -> None:
+        """Compare a run with the level of the last days, cleared of what the hours explain already."""
+        hour = at // HOUR % 24
+        if not self.runs:
+            self.first, self.last, self.level = at, at, log_ms
+        self.runs += 1
+        clear = log_ms - self.factors[hour] - self.level
+        self.level += max(1 / (self.runs + 1), min(1 / 48, max(0, at - self.last) / (2 * DAY))) * clear
+        self.last = max(at, self.last)
+        self._count(hour, clear + self.factors[hour])
+        if self.runs % 24 == 0 and self.last - self.first >= 2 * DAY:
+            self._fit()
+
+    def _count(self, hour: int, excess: float) -> None:
+        self.weights[hour] = self.weights[hour] * HOUR_MEMORY + 1
+        self.sums[hour] = self.sums[hour] * HOUR_MEMORY + excess
+        within = excess - self.sums[hour] / self.weights[hour]
+        self.noise += max(1 / self.runs, 1 / 500) * (within * within - self.noise)
+
+    def _fit(self) -> None:
+        """The means of the hours, shrunk as James and Stein (1961) do by their F ratio; all zero where that is no better than chance."""
+        means = {hour: self.sums[hour] / self.weights[hour] for hour in range(24) if self.weights[hour] >= 2}
+        if len(means) < 2:
+            return
+        centre = sum(means.values()) / len(means)
+        between = sum(self.weights[hour] * (mean - centre) ** 2 for hour, mean in means.items()) / (len(means) - 1)
+        keep = max(0.0, 1 - HOUR_NOISE * self.noise / between) if between > 1e-12 else 0.0
+        self.factors = [keep * (means[hour] - centre) if hour in means else 0.0 for hour in range(24)]
+
+
+class _Shift:
+    """Notices a change of level: two one-sided cumulative sums (Page 1954) of the ranks that runs take among the scores."""
+
+    __slots__ = ("counts", "sums")
+
+    def __init__(self) -> None:
+        self.sums, self.counts = [0.0, 0.0], [0, 0]
+
+    def notice(self, rank: float) -> int:
+        """The number of runs since the change, or 0 where there is none; rank is -0.5 for the shortest, 0.5 for the longest."""
+        for side, sign in enumerate((1, -1)):
+            self.sums[side] = max(0.0, self.sums[side] + sign * rank - SHIFT_SLACK)
+            self.counts[side] = self.counts[side] + 1 if self.sums[side] else 0
+            if self.sums[side] > SHIFT_ALARM:
+                runs = self.counts[side]
+                self.sums, self.counts = [0.0, 0.0], [0, 0]
+                return runs
+        return 0
+
+
+class Predictor:
+    """Online quantiles of a handler's durations. Show it runs in the order of their ends; ValueError unless 0 < rate < 1.
+
+    `aim` is the level asked of the scores: it follows each miss, so that the share of runs kept tends to `rate` whatever the
+    durations do (adaptive conformal inference: Gibbs & Candès 2021, https://arxiv.org/abs/2106.00170).
+    """
+
+    def __init__(self, rate: float):
+        _check_rate(rate)
+        self.rate = self.aim = rate
+        self.runs = 0
+        self._hours, self._shift = _Hours(), _Shift()
+        self._experts = [_Expert(*kind) for kind in EXPERTS]
+        self._recent: deque[float] = deque(maxlen=64)
+
+    def observe(self, started_at: int, ms: int) -> None:
+        """Learn from a run that has ended; less than a millisecond counts as one."""
+        log_ms = math.log(max(ms, 1))
+        clear = log_ms - self._hours.factor(started_at)
+        if self.runs:
+            self._judge(clear)
+        self._recent.append(clear)
+        for expert in self._experts:
+            expert.learn(clear)
+        self._hours.learn(started_at, log_ms)
+        self.runs += 1
+
+    def quantile(self, at: int) -> int:
+        """The milliseconds that a run beginning at `at` keeps with probability `rate`; 0 while nothing has been observed."""
+        return _whole_ms(self._log_quantile() + self._hours.factor(at)) if self.runs else 0
+
+    def median(self, at: int) -> int:
+        """The milliseconds that a run beginning at `at` takes as often as not; 0 while nothing has been observed."""
+        return _whole_ms(self._log_quantile(0.5) + self._hours.factor(at)) if self.runs else 0
+
+    def worst_log_quantile(self, rate: float) -> float:
+        """The logarithm of the milliseconds kept with probability `rate` in the worst hour of the day."""
+        return self._log_quantile(rate) + max(self._hours.factors)
+
+    def _log_quantile(self, rate: float | None = None) -> float:
+        """What the expert says that has lost least lately."""
+        return min(self._experts, key=_Expert.cost).predict(rate or self.aim)
+
+    def _judge(self, clear: float) -> None:
+        """Compare a run, cleared of its hour, with what was said of it: the aim, the losses and the level learn from that."""
+        self._correct(clear - self._log_quantile())
+        for expert in self._experts:
+            expert.loss += (pinball_loss(clear, expert.predict(self.rate), self.rate) - expert.loss) / min(self.runs, LOSS_MEMORY)
+        if self.runs >= MIN_RUNS and (late := self._shift.notice(self._rank(clear))):
+            level = sorted([*self._recent][-late:])[min(late, len(self._recent)) // 2]
+            for expert in self._experts:
+                expert.move(level, late)
+
+    def _correct(self, excess: float) -> None:
+        """One step of conformal inference; a run right at its prediction says nothing, and the aim stays within reach of the rate."""
+        if abs(excess) > 1e-9:
+            aim = self.aim + CONFORMAL_STEP * ((excess > 0) - (1 - self.rate))
+            self.aim = min(max(aim, 1 - 2 * (1 - self.rate), self.rate / 2), 1 - (1 - self.rate) / 5)
+
+    def _rank(self, clear: float) -> float:
+        """Where a run stands among the scores of the steadiest expert, from -0.5 to 0.5."""
+        steady = self._experts[0]
+        score, ordered = clear - steady.level, steady.ordered
+        return (bisect_left(ordered, score) + bisect_right(ordered, score)) / (2 * len(ordered)) - 0.5
+
+
+def _whole_ms(log_ms: float) -> int:
+    """The milliseconds of a logarithm, rounded up but for the noise of floating point; at most the longest duration there is."""
+    return min(MAX_DURATION, math.ceil(math.exp(min(log_ms, 40.0)) * (1 - 1e-12)))
+
+
+def _latest(runs: Iterable[Run]) -> list[Run]:
+    """The runs that are looked at, in the order of their ends; no duration is below 0."""
+    from heapq import nlargest
+
+    return [(end, max(0, ms)) for end, ms in reversed(nlargest(MAX_RUNS, runs))]
+
+
+def predict_duration(runs: Iterable[Run], rate: float, at: int) -> int | None:
+    """The milliseconds that a run beginning at `at` keeps with probability `rate`, by all these runs; None for fewer than MIN_RUNS."""
+    predictor, latest = Predictor(rate), _latest(runs)
+    for end, ms in latest:
+        predictor.observe(end - ms, ms)
+    return predictor.quantile(at) if len(latest) >= MIN_RUNS else None
+
+
+def cautious_rate(rate: float, runs: int) -> float:
+    """The upper confidence bound of an order statistic: what to ask of so few runs for the rate to hold nine times in ten."""
+    return min(rate + CONFIDENCE * math.sqrt(rate * (1 - rate) / runs), 1 - (1 - rate) / 5)
+
+
+def round_up(ms: float) -> int:
+    """The next duration with two significant digits, at least 1 and at most the longest there is."""
+    unit: int = 10 ** max(0, math.floor(math.log10(max(ms, 1))) - 1)
+    return min(MAX_DURATION, max(1, math.ceil(ms / unit - 1e-9) * unit))
+
+
+def _last_day(said: list[tuple[int, float]]) -> float:
+    """The height that what was said over the last day (of so many instants and logarithms) seldom exceeded: nine times in ten."""
+    since = said[-1][0] - DAY
+    day = sorted(value for at, value in said[bisect_left(said, (since, -math.inf)) :])
+    return day[math.ceil(0.9 * len(day)) - 1]
+
+
+def _log_median(runs: list[Run]) -> float:
+    return math.log(max(1, plain_quantile((ms for _, ms in runs), 0.5)))
+
+
+def _drift(latest: list[Run], quarter: int) -> float:
+    """By how much a quarter of the runs used to lie above the quarter before it, as logarithm, or 0; one change of level does not count."""
+    places = range(quarter, len(latest) - quarter + 1, max(1, quarter // 4))
+    rises = sorted(_log_median(latest[at : at + quarter]) - _log_median(latest[at - quarter : at]) for at in places)
+    return max(0.0, rises[len(rises) // 3]) if quarter >= MIN_RUNS else 0.0
+
+
+def suggest_sla(runs: Iterable[Run], rate: float, now: int) -> Row | None:
+    """One constant SLA that coming runs keep at `rate`, in the worst hour too; None for fewer than MIN_RUNS.
+
+    It is the quantile at a cautious rate, as high as the last day asked for, lengthened by what the past shows that drift adds in
+    another quarter of the time. `quantile_ms` is the plain quantile of the runs, `margin` the ratio of the SLA to it. A run that seems
+    to end after `now`, because the clock was set back, counts as ending now.
+    """
+    predictor, latest = Predictor(rate), _latest((min(end, now), ms) for end, ms in runs)
+    if len(latest) < MIN_RUNS:
+        return None
+    said: list[tuple[int, float]] = []
+    for count, (end, ms) in enumerate(latest, 1):
+        predictor.observe(end - ms, ms)
+        said.append((end, predictor.worst_log_quantile(cautious_rate(rate, count))))
+    plain = plain_quantile((ms for _, ms in latest), rate)
+    quarter = len(latest) // 4
+    recent = [ms for _, ms in latest[-max(MIN_RUNS, quarter) :]]
+    needed = max(_last_day(said), math.log(max(1, plain_quantile(recent, cautious_rate(rate, len(recent))))))
+    sla = round_up(math.exp(min(40.0, needed + _drift(latest, quarter))))
+    first, last = latest[0][0], latest[-1][0]
+    return {"sla_ms": sla, "runs": len(latest), "percentile": round(100 * rate, 6), "quantile_ms": plain, "margin": round(sla / max(plain, 1), 3),
+            "span_ms": last - first, "first_at": first, "last_at": last}  # fmt: skip
+
+
+class _Tally:
+    """The pinball loss and the coverage of one way to predict."""
+
+    __slots__ = ("kept", "loss", "runs")
+
+    def __init__(self) -> None:
+        self.loss, self.kept, self.runs = 0.0, 0, 0
+
+    def count(self, ms: int, predicted: float, rate: float) -> None:
+        self.loss += pinball_loss(ms, predicted, rate)
+        self.kept += ms <= predicted
+        self.runs += 1
+
+    def result(self) -> Row:
+        return {"pinball_loss": self.loss / self.runs, "coverage": self.kept / self.runs}
+
+
+def replay(runs: list[Run]) -> Iterator[tuple[Run, list[Run]]]:
+    """Each run in the order of their starts, with the runs that have ended since the one before and by its start."""
+    ended, upcoming = deque[Run](), sorted(runs, key=lambda run: run[0] - run[1])
+    ended.extend(sorted(runs))
+    for end, ms in upcoming:
+        news = []
+        while ended and ended[0][0] <= end - ms and ended[0][0] - ended[0][1] < end - ms:  # one without duration does not precede itself
+            news.append(ended.popleft())
+        yield (end, ms), news
+
+
+def backtest(runs: Iterable[Run], rate: float, fixed_ms: int | None = None) -> Row | None:
+    """How grace, a fixed SLA and the mean of the last ten runs would have fared: mean pinball loss in ms, and share of runs kept.
+
+    Each run is predicted at its start from the runs that had ended by then. Without `fixed_ms` the fixed SLA is what a person
+    would have set after the first fifth, its quantile; all are then judged on the runs that began later. None where no run is left
+    to be judged: at least MIN_RUNS only train.
+    """
+    history = [run if run[1] >= 0 else (run[0], 0) for run in runs]
+    training = MIN_RUNS if fixed_ms is not None else max(MIN_RUNS, len(history) // 5)
+    predictor, last_ten, ended = Predictor(rate), deque[int](maxlen=10), 0
+    tallies = {name: _Tally() for name in ("grace", "fixed", "mean_of_last_ten")}
+    early: list[int] = []
+    for (end, ms), news in replay(history):
+        for known_end, known_ms in news:
+            predictor.observe(known_end - known_ms, known_ms)
+            last_ten.append(known_ms)
+            if len(early) < training:
+                early.append(known_ms)
+        ended += len(news)
+        if ended >= training:
+            fixed_ms = plain_quantile(early, rate) if fixed_ms is None else fixed_ms
+            tallies["grace"].count(ms, predictor.quantile(end - ms), rate)
+            tallies["fixed"].count(ms, fixed_ms, rate)
+            tallies["mean_of_last_ten"].count(ms, sum(last_ten) / len(last_ten), rate)
+    if not tallies["grace"].runs:
+        return None
+    return {"runs": tallies["grace"].runs, "rate": rate, "fixed_ms": fixed_ms, **{name: tally.result() for name, tally in tallies.items()}}
 
 
 # =====================================================================================================================
