@@ -902,7 +902,7 @@ class _Expert:
             self.level += max(1 / self.runs, self.step) * score
 
     def move(self, level: float, runs: int) -> None:
-        """Take up a new level that the last runs have shown; their scores, measured from the old one, are dropped."""
+        """Take up a new level that so many learnt runs, and the present one, have shown; their scores, from the old level, are dropped."""
         for _ in range(min(runs, len(self.scores) - 1)):
             self._drop(self.scores.pop())
         self.level, self.runs = level, runs
@@ -954,48 +954,29 @@ class _Hours:
         self.factors = [keep * (means[hour] - centre) if hour in means else 0.0 for hour in range(24)]
 
 
-class _Shift:
-    """Notices a change of level: two one-sided cumulative sums (Page 1954) of the ranks that runs take among the scores."""
-
-    __slots__ = ("counts", "sums")
-
-    def __init__(self) -> None:
-        self.sums, self.counts = [0.0, 0.0], [0, 0]
-
-    def notice(self, rank: float) -> int:
-        """The number of runs since the change, or 0 where there is none; rank is -0.5 for the shortest, 0.5 for the longest."""
-        for side, sign in enumerate((1, -1)):
-            self.sums[side] = max(0.0, self.sums[side] + sign * rank - SHIFT_SLACK)
-            self.counts[side] = self.counts[side] + 1 if self.sums[side] else 0
-            if self.sums[side] > SHIFT_ALARM:
-                runs = self.counts[side]
-                self.sums, self.counts = [0.0, 0.0], [0, 0]
-                return runs
-        return 0
-
-
 class Predictor:
     """Online quantiles of a handler's durations. Show it runs in the order of their ends; ValueError unless 0 < rate < 1.
 
-    `aim` is the level asked of the scores: it follows each miss, so that the share of runs kept tends to `rate` whatever the
-    durations do (adaptive conformal inference: Gibbs & Candès 2021, https://arxiv.org/abs/2106.00170).
+    `aim` is the level asked of the scores: it rises with each miss and sinks with each run kept, within bounds, so that the share
+    of runs kept tends to `rate` (adaptive conformal inference: Gibbs & Candès 2021, https://arxiv.org/abs/2106.00170).
     """
 
     def __init__(self, rate: float):
         _check_rate(rate)
         self.rate = self.aim = rate
         self.runs = 0
-        self._hours, self._shift = _Hours(), _Shift()
+        self._hours = _Hours()
         self._experts = [_Expert(*kind) for kind in EXPERTS]
         self._recent: deque[float] = deque(maxlen=64)
+        self._sums, self._counts = [0.0, 0.0], [0, 0]  # of ranks above and below the middle, and of the runs in them
 
     def observe(self, started_at: int, ms: int) -> None:
         """Learn from a run that has ended; less than a millisecond counts as one."""
         log_ms = math.log(max(ms, 1))
         clear = log_ms - self._hours.factor(started_at)
+        self._recent.append(clear)
         if self.runs:
             self._judge(clear)
-        self._recent.append(clear)
         for expert in self._experts:
             expert.learn(clear)
         self._hours.learn(started_at, log_ms)
@@ -1015,23 +996,34 @@ class Predictor:
 
     def _log_quantile(self, rate: float | None = None) -> float:
         """What the expert says that has lost least lately."""
-        return min(self._experts, key=_Expert.cost).predict(rate or self.aim)
+        return min(self._experts, key=_Expert.cost).predict(self.aim if rate is None else rate)
 
     def _judge(self, clear: float) -> None:
         """Compare a run, cleared of its hour, with what was said of it: the aim, the losses and the level learn from that."""
         self._correct(clear - self._log_quantile())
         for expert in self._experts:
             expert.loss += (pinball_loss(clear, expert.predict(self.rate), self.rate) - expert.loss) / min(self.runs, LOSS_MEMORY)
-        if self.runs >= MIN_RUNS and (late := self._shift.notice(self._rank(clear))):
-            level = sorted([*self._recent][-late:])[min(late, len(self._recent)) // 2]
+        if self.runs >= MIN_RUNS and (since := self._notice(self._rank(clear))):
+            after = sorted([*self._recent][-since:])
             for expert in self._experts:
-                expert.move(level, late)
+                expert.move(after[len(after) // 2], since - 1)
 
     def _correct(self, excess: float) -> None:
         """One step of conformal inference; a run right at its prediction says nothing, and the aim stays within reach of the rate."""
         if abs(excess) > 1e-9:
             aim = self.aim + CONFORMAL_STEP * ((excess > 0) - (1 - self.rate))
             self.aim = min(max(aim, 1 - 2 * (1 - self.rate), self.rate / 2), 1 - (1 - self.rate) / 5)
+
+    def _notice(self, rank: float) -> int:
+        """The number of runs since a change of level, or 0: two one-sided cumulative sums of ranks (Page 1954)."""
+        for side, sign in enumerate((1, -1)):
+            self._sums[side] = max(0.0, self._sums[side] + sign * rank - SHIFT_SLACK)
+            self._counts[side] = self._counts[side] + 1 if self._sums[side] else 0
+        if max(self._sums) <= SHIFT_ALARM:
+            return 0
+        since = self._counts[self._sums.index(max(self._sums))]
+        self._sums, self._counts = [0.0, 0.0], [0, 0]
+        return since
 
     def _rank(self, clear: float) -> float:
         """Where a run stands among the scores of the steadiest expert, from -0.5 to 0.5."""
@@ -1113,27 +1105,10 @@ def suggest_sla(runs: Iterable[Run], rate: float, now: int) -> Row | None:
             "span_ms": last - first, "first_at": first, "last_at": last}  # fmt: skip
 
 
-class _Tally:
-    """The pinball loss and the coverage of one way to predict."""
-
-    __slots__ = ("kept", "loss", "runs")
-
-    def __init__(self) -> None:
-        self.loss, self.kept, self.runs = 0.0, 0, 0
-
-    def count(self, ms: int, predicted: float, rate: float) -> None:
-        self.loss += pinball_loss(ms, predicted, rate)
-        self.kept += ms <= predicted
-        self.runs += 1
-
-    def result(self) -> Row:
-        return {"pinball_loss": self.loss / self.runs, "coverage": self.kept / self.runs}
-
-
 def replay(runs: list[Run]) -> Iterator[tuple[Run, list[Run]]]:
     """Each run in the order of their starts, with the runs that have ended since the one before and by its start."""
     ended, upcoming = deque[Run](), sorted(runs, key=lambda run: run[0] - run[1])
-    ended.extend(sorted(runs))
+    ended.extend(sorted(runs, key=lambda run: (run[0], -run[1])))
     for end, ms in upcoming:
         news = []
         while ended and ended[0][0] <= end - ms and ended[0][0] - ended[0][1] < end - ms:  # one without duration does not precede itself
@@ -1150,24 +1125,25 @@ def backtest(runs: Iterable[Run], rate: float, fixed_ms: int | None = None) -> R
     """
     history = [run if run[1] >= 0 else (run[0], 0) for run in runs]
     training = MIN_RUNS if fixed_ms is not None else max(MIN_RUNS, len(history) // 5)
-    predictor, last_ten, ended = Predictor(rate), deque[int](maxlen=10), 0
-    tallies = {name: _Tally() for name in ("grace", "fixed", "mean_of_last_ten")}
-    early: list[int] = []
+    predictor, last_ten, early = Predictor(rate), deque[int](maxlen=10), list[int]()
+    names = ("grace", "fixed", "mean_of_last_ten")
+    loss, kept, judged = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0), 0
     for (end, ms), news in replay(history):
         for known_end, known_ms in news:
             predictor.observe(known_end - known_ms, known_ms)
             last_ten.append(known_ms)
-            if len(early) < training:
-                early.append(known_ms)
-        ended += len(news)
-        if ended >= training:
-            fixed_ms = plain_quantile(early, rate) if fixed_ms is None else fixed_ms
-            tallies["grace"].count(ms, predictor.quantile(end - ms), rate)
-            tallies["fixed"].count(ms, fixed_ms, rate)
-            tallies["mean_of_last_ten"].count(ms, sum(last_ten) / len(last_ten), rate)
-    if not tallies["grace"].runs:
+        early += [known_ms for _, known_ms in news[: training - len(early)]]
+        if len(early) < training:
+            continue
+        fixed_ms = plain_quantile(early, rate) if fixed_ms is None else fixed_ms
+        judged += 1
+        for name, predicted in zip(names, (predictor.quantile(end - ms), fixed_ms, sum(last_ten) / len(last_ten)), strict=True):
+            loss[name] += pinball_loss(ms, predicted, rate)
+            kept[name] += ms <= predicted
+    if not judged:
         return None
-    return {"runs": tallies["grace"].runs, "rate": rate, "fixed_ms": fixed_ms, **{name: tally.result() for name, tally in tallies.items()}}
+    ways = {name: {"pinball_loss": loss[name] / judged, "coverage": kept[name] / judged} for name in names}
+    return {"runs": judged, "rate": rate, "fixed_ms": fixed_ms, **ways}
 
 
 # =====================================================================================================================
