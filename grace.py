@@ -931,7 +931,7 @@ class _Hours:
             self.first, self.last, self.level = at, at, log_ms
         self.runs += 1
         clear = log_ms - self.factors[hour] - self.level
-        self.level += max(1 / (self.runs + 1), min(1 / 48, max(0, at - self.last) / (2 * DAY))) * clear
+        self.level += max(1 / (self.runs + 1), min(1 / 48, (at - self.last) / (2 * DAY))) * clear
         self.last = max(at, self.last)
         self._count(hour, clear + self.factors[hour])
         if self.runs % 24 == 0 and self.last - self.first >= 2 * DAY:

