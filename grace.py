@@ -23,7 +23,7 @@ The file reads downwards; a section uses only those above it (`grep -n '^# ===' 
     queue         rows of handlers, tasks and attempts
     ladder        what is due, and the steps
     statistics    what ended by the hour, histograms, percentiles
-    learning      outcomes
+    learning      outcomes, past runs, SLAs that follow from them
     intents       rows, links to tasks
     lifecycle     submit, start, finish, cancel, retry, recover, repair: the functions that write across sections
     processes     logs, starting, watching and ending process groups
@@ -104,7 +104,7 @@ UNHURRIED_MS = HOUR  # within its class, a task without an SLA is placed as if i
 CLAIM_BATCH = 64
 SWEEP_BATCH = 500
 HANDLER_DEFAULTS: Row = {
-    "argv": None, "cwd": None, "env": "{}", "secrets": "[]", "external": 0, "paused": 0, "sla_ms": None, "timeout_ms": None,
+    "argv": None, "cwd": None, "env": "{}", "secrets": "[]", "external": 0, "paused": 0, "sla_ms": None, "adapted_sla_ms": None, "timeout_ms": None,
     "kill_after_ms": 10 * SECOND, "max_attempts": 3, "max_recoveries": 5, "backoff_ms": 5 * SECOND, "concurrency": None,
     "rescue": None, "warn_at": 0.8, "critical_at": 2.0, "on_critical": "rescue",
 }  # fmt: skip
@@ -401,6 +401,12 @@ def backoff_ms(base: int, attempt: int, spread: float) -> int:
     """The pause before the next attempt: doubling, at most an hour, within a quarter either way (spread 0 to 1)."""
     pause: float = min(HOUR, base * 2 ** min(attempt - 1, 30))
     return max(1, round(pause * (0.75 + spread / 2)))
+
+
+def adapted_sla(own: int, now_ms: int, suggested: int, low: float, high: float) -> int | None:
+    """What an SLA of `now_ms` that follows its runs becomes, within these multiples of the person's own; None when that is within 5 % of it."""
+    wanted = max(1, min(max(suggested, round(own * low)), round(own * high)))
+    return wanted if abs(wanted - now_ms) >= now_ms / 20 else None
 
 
 def message_of(level: str, task: Row, elapsed: int) -> str:
@@ -1275,9 +1281,10 @@ class Tx(Reader):
             self.run("RELEASE part")
 
     def flush(self) -> None:
-        """Write what was tallied. Called once, before COMMIT."""
+        """Write what was tallied so far. Called before COMMIT, and in between by what tallies very much."""
         for sql, sums in self._tallies.items():
             self.many(sql, (key + amounts for key, amounts in sums.items() if any(amounts)))
+        self._tallies.clear()
 
 
 ROWS_AT_ONCE = 10
@@ -1356,11 +1363,15 @@ class Store(Reader):
                 raise DatabaseError(f"cannot open {self.path}-ticket: {error.strerror}") from error
         wait_for_lock(self._ticket)
         try:
-            with contextlib.suppress(OSError):  # a full disk must not keep anybody from freeing room
-                os.pwrite(self._ticket, f"{os.getpid()} {time.monotonic_ns()} {self.actor}".ljust(120)[:120].encode() + b"\n", 0)
+            self.show_life()
             yield
         finally:
             fcntl.flock(self._ticket, fcntl.LOCK_UN)
+
+    def show_life(self) -> None:
+        """Tell those who wait for their turn that this process works on; a long transaction repeats it."""
+        with contextlib.suppress(OSError):  # a full disk must not keep anybody from freeing room
+            os.pwrite(self._ticket, f"{os.getpid()} {time.monotonic_ns()} {self.actor}".ljust(120)[:120].encode() + b"\n", 0)
 
     def write(self, fn: Callable[[Tx], Any], durable: bool = True, knock: bool = True) -> Any:
         """Run `fn` in one transaction and wake whoever waits. `fn` touches nothing but the database.
@@ -1635,7 +1646,14 @@ SETTINGS: dict[str, tuple[str, int, str]] = {
     "consent.task_answer": ("duration", DAY, "How long a daemon's question for one of its tasks waits for an answer."),
     "vault.argon2_memory": ("memory", 256 << 20, "Memory that unlocking a new key file costs (64 MiB to 1 GiB)."),
     "daemon.heartbeat_every": ("duration", 10 * SECOND, "How often a daemon writes that its loop goes on."),
+    "learn.rate": ("ratio", 9500, "The share of runs that a suggested SLA is to hold for."),
+    "learn.adapt": ("switch", 0, "Whether daemons let the SLAs of handlers follow their runs."),
+    "learn.adapt_every": ("duration", HOUR, "How often they look."),
+    "learn.adapt_low": ("ratio", 5000, "How far down an SLA may follow: this part of the one that a person has set."),
+    "learn.adapt_high": ("ratio", 20_000, "How far up it may follow: this multiple of the one that a person has set."),
 }
+RATIO_RANGES = {"learn.rate": (0.5, 0.999), "learn.adapt_low": (0.01, 1.0), "learn.adapt_high": (1.0, 100.0)}
+SWITCH = ("off", "on")
 GET_SETTING = "SELECT value FROM settings WHERE name = :name"
 SET_SETTING = """INSERT INTO settings (name, value, updated_at) VALUES (:name, :value, :now)
   ON CONFLICT (name) DO UPDATE SET value = excluded.value, updated_at = excluded.updated_at"""
@@ -1652,10 +1670,24 @@ def setting(reader: Reader, name: str) -> int:
     return known
 
 
+def ratio_setting(reader: Reader, name: str) -> float:
+    """Ratios are kept in ten-thousandths."""
+    return setting(reader, name) / 10_000
+
+
 def parse_setting(name: str, text: str) -> int:
     """The value of a setting as people write it; ValueError with an example when it is not of its type."""
     if SETTINGS[name][0] == "duration":
         return parse_duration(text)
+    if SETTINGS[name][0] == "switch":
+        if text not in SWITCH:
+            raise ValueError("write on or off")
+        return SWITCH.index(text)
+    if SETTINGS[name][0] == "ratio":
+        least, most = RATIO_RANGES[name]
+        if not re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,4})?", text) or not least <= float(text) <= most:
+            raise ValueError(f"write a number from {least:g} to {most:g}, such as {SETTINGS[name][1] / 10_000:g}")
+        return round(float(text) * 10_000)
     low, high = (64 << 20, 1 << 30) if SETTINGS[name][0] == "memory" else (1024, 1 << 40)
     if not re.fullmatch(r"[0-9]{1,13}", text) or not low <= int(text) <= high:
         raise ValueError(f"write a number of bytes between {low} and {high}, such as {max(low, 1 << 20)}")
@@ -1671,9 +1703,14 @@ def known_setting(name: str) -> str:
 def setting_document(reader: Reader, name: str) -> Row:
     kind, default, sentence = SETTINGS[name]
     value = setting(reader, name)
-    shown: Any = format_duration(value) if kind == "duration" else value
-    return {"name": name, "value": shown, "default": format_duration(default) if kind == "duration" else default,
+    return {"name": name, "value": shown_setting(kind, value), "default": shown_setting(kind, default),
             "type": kind, "is_default": value == default, "description": sentence}  # fmt: skip
+
+
+def shown_setting(kind: str, value: int) -> Any:
+    if kind == "duration":
+        return format_duration(value)
+    return SWITCH[bool(value)] if kind == "switch" else value / 10_000 if kind == "ratio" else value
 
 
 def set_setting(tx: Tx, name: str, value: int) -> None:
@@ -4717,7 +4754,11 @@ PUT_HANDLER = """INSERT INTO handlers (name, argv, cwd, env, secrets, external, 
     external = excluded.external, sla_ms = excluded.sla_ms, timeout_ms = excluded.timeout_ms, kill_after_ms = excluded.kill_after_ms,
     max_attempts = excluded.max_attempts, max_recoveries = excluded.max_recoveries, backoff_ms = excluded.backoff_ms,
     concurrency = excluded.concurrency, rescue = excluded.rescue, warn_at = excluded.warn_at,
-    critical_at = excluded.critical_at, on_critical = excluded.on_critical, updated_at = excluded.updated_at"""
+    critical_at = excluded.critical_at, on_critical = excluded.on_critical, adapted_sla_ms = NULL, updated_at = excluded.updated_at"""
+SET_SLA = "UPDATE handlers SET sla_ms = :sla_ms, adapted_sla_ms = NULL, updated_at = :now WHERE name = :name"
+ADAPT_SLA = """UPDATE handlers SET adapted_sla_ms = :new_ms WHERE name = :name AND sla_ms = :own_ms
+  AND COALESCE(adapted_sla_ms, sla_ms) = :old_ms"""
+ADAPTED_HANDLERS = "SELECT * FROM handlers WHERE adapted_sla_ms IS NOT NULL"
 PAUSE_HANDLER = "UPDATE handlers SET paused = :paused, updated_at = :now WHERE name = :name"
 OPEN_OF_HANDLER = """SELECT COALESCE(SUM(n), 0) AS n FROM task_counts
   WHERE handler = :name AND status IN ('queued', 'blocked', 'assigned', 'running')"""
@@ -4833,7 +4874,33 @@ def put_handler(tx: Tx, handler: Row, replace: bool) -> Row:
     if handler["rescue"]:
         find_handler(tx, handler["rescue"])
     tx.run(PUT_HANDLER, **{**HANDLER_DEFAULTS, **handler}, now=tx.now)
+    if old and old["adapted_sla_ms"]:
+        tell_adapted(tx, old, handler["sla_ms"], "a person has changed the handler", None)
     return find_handler(tx, handler["name"])
+
+
+def sla_in_force(handler: Row) -> int | None:
+    """What a new task of this handler gets (ms) where nothing else is said."""
+    sla: int | None = handler["adapted_sla_ms"] or handler["sla_ms"]
+    return sla
+
+
+def tell_adapted(tx: Tx, handler: Row, new_ms: int | None, reason: str, basis: Row | None) -> None:
+    """The event of an SLA that followed its runs, or no longer does. `handler` is its row before the change."""
+    emit(tx, "learning.adapted", None, {"handler": handler["name"], "own_sla_ms": handler["sla_ms"], "old_sla_ms": sla_in_force(handler),
+                                        "new_sla_ms": new_ms, "reason": reason, "basis": basis})  # fmt: skip
+
+
+def begin_adaptation(tx: Tx) -> None:
+    """Let the next daemon that looks begin at once."""
+    tx.run("DELETE FROM counters WHERE name = 'adapted_at'")
+
+
+def end_adaptation(tx: Tx) -> None:
+    """Give all handlers back the SLAs that people have set."""
+    for handler in tx.all(ADAPTED_HANDLERS):
+        tx.run(SET_SLA, name=handler["name"], sla_ms=handler["sla_ms"], now=tx.now)
+        tell_adapted(tx, handler, handler["sla_ms"], "learn.adapt was turned off", None)
 
 
 def remove_handler(tx: Tx, name: str) -> Row:
@@ -5179,13 +5246,13 @@ def window_figures(reader: Reader, since: int) -> Row:
 
 # =====================================================================================================================
 # learning
-# What came of each task, written once, in the transaction that ended it. The outcomes are what later decisions about
-# deadlines can rest on.
+# What came of each task, written once, in the transaction that ended it, and of runs elsewhere that were imported. What
+# later decisions about deadlines rest on: suggested and adapted SLAs, statistics, and what other thresholds would do.
 
 INSERT_OUTCOME = """INSERT INTO outcome_records (task_id, intent_id, action_type, handler, domain, success, confidence_score,
     execution_time, context, created_at)
   VALUES (:task_id, :intent_id, :action_type, :handler, :domain, :success,
-    (SELECT confidence FROM intent_records WHERE intent_id = :intent_id), :execution_time, :context, :now)"""
+    (SELECT confidence FROM intent_records WHERE intent_id = :intent_id), :execution_time, :context, :now) RETURNING confidence_score"""
 STARTS_OF = "SELECT COUNT(*) AS n FROM htm_task_attempts WHERE task_id = :id"
 NOTE_SLEEP = "INSERT INTO suspensions (woke_at, asleep_ms) VALUES (:now, :asleep)"
 LAST_WOKE = "SELECT COALESCE(MAX(woke_at), 0) AS at FROM suspensions"
@@ -5210,19 +5277,524 @@ def unusual_metrics(tx: Tx, task: Row) -> Row:
     return {name: value for name, value in found.items() if value > 0}
 
 
+TALLY_OUTCOME = """INSERT INTO outcome_tallies (starts_at, task_type, domain, kind, word, n, succeeded, total, squared)
+  VALUES (:hour, :task_type, :domain, :kind, :word, :n, :succeeded, :total, :squared)
+  ON CONFLICT (starts_at, task_type, domain, kind, word) DO UPDATE SET n = outcome_tallies.n + excluded.n,
+    succeeded = outcome_tallies.succeeded + excluded.succeeded, total = outcome_tallies.total + excluded.total,
+    squared = outcome_tallies.squared + excluded.squared"""
+MILLION = 1_000_000
+
+
+def tally_outcome(tx: Tx, hour: int, task_type: str, domain: str, confidence: float | None, context: Row) -> None:
+    """Count what is out of the ordinary about an outcome; a success in one go, without stated confidence, is not."""
+    metrics, status, success = context["metrics"], context["status"], int(context["status"] == "completed")
+    key = (hour, task_type, domain)
+    if status == "cancelled":
+        return
+    if not success:
+        tx.tally(TALLY_OUTCOME, (*key, "failure", failure_word(context)), 1, 0, 0, 0)
+    if confidence is not None:
+        error = round((confidence - success) ** 2 * MILLION)
+        tx.tally(TALLY_OUTCOME, (*key, "confidence", str(min(9, int(confidence * 10 + 1e-9)))), 1, success, round(confidence * MILLION), error)
+    if metrics["attempt_number"] != 1:
+        tx.tally(TALLY_OUTCOME, (*key, "attempts", str(metrics["attempt_number"])), 1, success, metrics["attempt_number"], 0)
+    if success and metrics["execution_time_ms"] is not None:
+        correct_durations(tx, key, metrics)
+
+
+def failure_word(context: Row) -> str:
+    """Why something did not succeed: the reason, else the exit status, else the status."""
+    return str(context["reason"] or (f"exit {context['exit_status']}" if context.get("exit_status") else context["status"]))
+
+
+def correct_durations(tx: Tx, key: tuple[int, str, str], metrics: Row) -> None:
+    """Note what execution statistics are to leave out of htm_durations: runs that were interrupted, and time asleep."""
+    ran, asleep, interrupted = metrics["execution_time_ms"], metrics.get("asleep_running_ms", 0), metrics.get("interruptions", 0)
+    if asleep or interrupted:
+        tx.tally(TALLY_OUTCOME, (*key, "duration", str(bucket_of(ran))), -1, 0, -ran, 0)
+    if asleep and not interrupted:
+        awake = max(0, ran - asleep)
+        tx.tally(TALLY_OUTCOME, (*key, "duration", str(bucket_of(awake))), 1, 0, awake, 0)
+
+
 def record_outcome(tx: Tx, task: Row) -> None:
     """The outcome of a task that has just ended, and its event."""
     metrics = {name: task[name] for name in ("queue_time_ms", "execution_time_ms", "total_time_ms", "attempt_number", "sla_buffer_ms")}
     metrics.update(unusual_metrics(tx, task))
     context = {"intent_id": task["intent_id"], "goal": task["goal"], "status": task["status"], "reason": task["reason"],
                "sla_met": as_truth(task["sla_met"]), "metrics": metrics}  # fmt: skip
+    context.update({name: task[name] for name in ("escalation_level", "exit_status") if task[name]})
     success, seconds = int(task["status"] == "completed"), task["execution_time_ms"] and task["execution_time_ms"] / 1000
-    tx.run(INSERT_OUTCOME, task_id=task["task_id"], intent_id=task["intent_id"], action_type=f"intent_{task['domain']}",
-           handler=task["handler"], domain=task["domain"], success=success, context=to_json(context), now=tx.now,
-           execution_time=seconds)  # fmt: skip
+    confidence = tx.value(INSERT_OUTCOME, task_id=task["task_id"], intent_id=task["intent_id"], action_type=f"intent_{task['domain']}",
+                          handler=task["handler"], domain=task["domain"], success=success, context=to_json(context), now=tx.now,
+                          execution_time=seconds)  # fmt: skip
+    tally_outcome(tx, tx.now - tx.now % HOUR, task["task_type"], task["domain"], confidence, context)
     emit(tx, "learning.outcome", task["task_id"], {
         "task_id": task["task_id"], "intent_id": task["intent_id"], "handler": task["handler"], "domain": task["domain"],
         "success": bool(success), "sla_met": as_truth(task["sla_met"]), **metrics})  # fmt: skip
+
+
+# What counts as a run for learning is decided here, and nowhere else: sla_time() for deadlines, correct_durations() above
+# for the statistics of execution times.
+
+RUNS_LOOKED_AT = 10_000  # outcomes, failures included, among which the latest runs are looked for
+HISTORY_PAGE = """SELECT seq, created_at, domain, success, execution_time, context FROM outcome_records
+  WHERE handler IS NOT DISTINCT FROM :handler AND created_at <= :at AND (created_at < :at OR seq < :seq)
+  ORDER BY created_at DESC, seq DESC LIMIT :n"""
+NEXT_NAME = "SELECT MIN(handler) AS name FROM outcome_records WHERE handler > :after"
+PAGE = 2000
+
+
+def sla_time(outcome: Row) -> int | None:
+    """What a recorded run says about deadlines (ms): the time that its SLA clock measured, less what the machine slept of it.
+
+    None for what says nothing: one that failed, that a shutdown or a crash interrupted, or whose time is not known. Imported runs
+    have no queue, so that theirs is the time that they ran."""
+    metrics = json.loads(outcome["context"])["metrics"]
+    if not outcome["success"] or metrics.get("interruptions"):
+        return None
+    total = metrics.get("total_time_ms")
+    if total is None and outcome["execution_time"] is not None:
+        total = (metrics.get("queue_time_ms") or 0) + round(outcome["execution_time"] * 1000)
+    return None if total is None else max(0, total - metrics.get("asleep_ms", 0))
+
+
+def outcomes_of(reader: Reader, handler: str | None, most: int) -> Iterator[Row]:
+    """The outcomes of a handler (None: of commands in the foreground), newest first, a page at a time."""
+    at, seq = MAX_INSTANT + 1, 0
+    while most > 0:
+        page = reader.all(HISTORY_PAGE, handler=handler, at=at, seq=seq, n=min(PAGE, most))
+        yield from page
+        if len(page) < min(PAGE, most):
+            return
+        most -= len(page)
+        at, seq = page[-1]["created_at"], page[-1]["seq"]
+
+
+def latest_runs(outcomes: Iterable[Row], n: int) -> list[Run]:
+    """The n latest runs among outcomes that come newest first, in the order of their ends."""
+    runs: list[Run] = []
+    for outcome in outcomes:
+        if len(runs) == n:
+            break
+        ms = sla_time(outcome)
+        if ms is not None:
+            runs.append((outcome["created_at"], ms))
+    runs.reverse()
+    return runs
+
+
+def runs_of(reader: Reader, handler: str) -> list[Run]:
+    """The runs that decisions about a handler's deadlines rest on."""
+    return latest_runs(outcomes_of(reader, handler, RUNS_LOOKED_AT), MAX_RUNS)
+
+
+def runs_of_command(reader: Reader, domain: str, goal: str) -> list[Run]:
+    """Those for a command in the foreground, which has no name: earlier ones of the same domain and goal, which by default is its own words."""
+    part = to_json(goal)
+    alike = (row for row in outcomes_of(reader, None, RUNS_LOOKED_AT)
+             if row["domain"] == domain and part in row["context"] and json.loads(row["context"])["goal"] == goal)  # fmt: skip
+    return latest_runs(alike, MAX_RUNS)
+
+
+def recorded_names(reader: Reader) -> Iterator[str]:
+    """The handlers that have outcomes, those that are gone by now included."""
+    name = reader.value(NEXT_NAME, after="")
+    while name is not None:
+        yield name
+        name = reader.value(NEXT_NAME, after=name)
+
+
+def sla_suggestion(reader: Reader, name: str, rate: float, now: int) -> Row:
+    """The SLA that a handler's runs ask for, with its basis; sla_ms is null and `missing_runs` above 0 where they are too few."""
+    runs = runs_of(reader, name)
+    handler = reader.one(GET_HANDLER, name=name)
+    basis = suggest_sla(runs, rate, now) or {"sla_ms": None, "runs": len(runs), "percentile": round(100 * rate, 6), "quantile_ms": None, "margin": None,
+                                             "span_ms": None, "first_at": None, "last_at": None}  # fmt: skip
+    return {"handler": name, **basis, "missing_runs": max(0, MIN_RUNS - len(runs)), "current_sla_ms": handler and sla_in_force(handler),
+            "is_handler": handler is not None}  # fmt: skip
+
+
+def auto_sla(runs: list[Run], rate: float, at: int) -> Row | None:
+    """The SLA for one submission that begins at `at`: what a run at that time of the day keeps, at a rate as cautious as the runs are few."""
+    cautious = cautious_rate(rate, max(1, len(runs)))
+    ms = predict_duration(runs, cautious, at)
+    if ms is None:
+        return None
+    return {"sla_ms": round_up(ms), "runs": len(runs), "percentile": round(100 * rate, 6), "cautious_percentile": round(100 * cautious, 2),
+            "span_ms": runs[-1][0] - runs[0][0], "hour": at // HOUR % 24}  # fmt: skip
+
+
+def settle_auto(reader: Reader, specs: Iterable[Row], now: int) -> Iterator[Row]:
+    """Submissions with the SLAs that grace was asked to find itself, each reckoned once for a kind of work and an hour of the day.
+
+    ConflictError where there are too few runs; it names the line of a batch. Called before the transaction, for it takes a while."""
+    rate, known = ratio_setting(reader, "learn.rate"), dict[Any, Row]()
+    for spec in specs:
+        if spec.get("sla_ms") != "auto":
+            yield spec
+            continue
+        domain, at = spec.get("domain") or "general", max(now, spec.get("at") or 0)
+        name = None if spec.get("command") else spec.get("handler") or domain
+        key = name, (domain, spec["goal"]) if name is None else None, at // HOUR % 24
+        try:
+            known[key] = known.get(key) or auto_or_refuse(reader, name, domain, spec["goal"], rate, at)
+        except GraceError as error:
+            error.message = f"--batch: line {spec['line']}: {error.message}" if "line" in spec else error.message
+            raise
+        yield {**spec, "sla_ms": known[key]["sla_ms"], "sla_basis": known[key]}
+
+
+def auto_or_refuse(reader: Reader, name: str | None, domain: str, goal: str, rate: float, at: int) -> Row:
+    if name is not None:
+        find_handler(reader, name)
+    runs = runs_of_command(reader, domain, goal) if name is None else runs_of(reader, name)
+    basis = auto_sla(runs, rate, at)
+    if basis is None:
+        whose = f"of this goal in the domain {domain}" if name is None else f"of {name}"
+        raise ConflictError(f"no SLA can be found: there are {len(runs)} successful runs {whose}, and {MIN_RUNS} are needed",
+                            "name one until then, such as --sla 5m" + (", and keep the same --goal" if name is None else ""))  # fmt: skip
+    return basis
+
+
+def apply_suggestion(tx: Tx, basis: Row, rate: float) -> Row:
+    """Make a suggested SLA the handler's own; its row."""
+    handler = find_handler(tx, basis["handler"])
+    tx.run(SET_SLA, name=handler["name"], sla_ms=basis["sla_ms"], now=tx.now)
+    emit(tx, "learning.applied", None, {"handler": handler["name"], "old_sla_ms": sla_in_force(handler), "new_sla_ms": basis["sla_ms"],
+                                        "reason": adapted_reason(basis, rate), "basis": basis_facts(basis)})  # fmt: skip
+    return find_handler(tx, handler["name"])
+
+
+BASIS = ("sla_ms", "runs", "percentile", "quantile_ms", "margin", "span_ms", "first_at", "last_at")
+
+
+def basis_facts(basis: Row) -> Row:
+    """What an event says of a suggestion, with instants as text, since they lie deeper than those that are shown so."""
+    return {name: format_instant(basis[name]) if name.endswith("_at") else basis[name] for name in BASIS}
+
+
+def adapted_reason(basis: Row, rate: float) -> str:
+    return f"{basis['runs']} runs in {format_duration(basis['span_ms'])}, of which {100 * rate:g} % kept {format_duration(basis['quantile_ms'])}"
+
+
+ADAPTED_AT = "SELECT value FROM counters WHERE name = 'adapted_at'"
+SET_ADAPTED_AT = """INSERT INTO counters (name, value) VALUES ('adapted_at', :at)
+  ON CONFLICT (name) DO UPDATE SET value = excluded.value"""
+HANDLERS_WITH_SLA = "SELECT * FROM handlers WHERE sla_ms IS NOT NULL ORDER BY name"
+
+
+def adaptation_due(reader: Reader, now: int) -> bool:
+    """Whether handlers' SLAs are to be compared with their runs; a clock that was set back does not put it off."""
+    if not setting(reader, "learn.adapt"):
+        return False
+    last = int(reader.value(ADAPTED_AT) or 0)
+    return not last <= now < last + setting(reader, "learn.adapt_every")
+
+
+def wanted_adaptations(reader: Reader, now: int) -> list[Row]:
+    """For each handler whose SLA is to change: its row with new_ms, a reason, and the basis."""
+    rate, low, high = (ratio_setting(reader, f"learn.{name}") for name in ("rate", "adapt_low", "adapt_high"))
+    found = []
+    for handler in reader.all(HANDLERS_WITH_SLA):
+        basis = sla_suggestion(reader, handler["name"], rate, now)
+        before = sla_in_force(handler)
+        new = None if basis["sla_ms"] is None or before is None else adapted_sla(handler["sla_ms"], before, basis["sla_ms"], low, high)
+        if new is not None:
+            held = "" if new == basis["sla_ms"] else f"; held at {new / handler['sla_ms']:g} times the SLA of {format_duration(handler['sla_ms'])}"
+            found.append({**handler, "new_ms": new, "why": adapted_reason(basis, rate) + held, "basis": basis_facts(basis)})
+    return found
+
+
+def adapt(tx: Tx, wanted: list[Row]) -> int:
+    """Put the changes into force that still fit what is there, each with its event; how many."""
+    tx.run(SET_ADAPTED_AT, at=tx.now)
+    done = 0
+    for change in wanted if setting(tx, "learn.adapt") else []:
+        if tx.run(ADAPT_SLA, name=change["name"], own_ms=change["sla_ms"], old_ms=sla_in_force(change), new_ms=change["new_ms"]):
+            tell_adapted(tx, change, change["new_ms"], change["why"], change["basis"])
+            done += 1
+    return done
+
+
+# ---- runs from elsewhere
+
+IMPORT_OUTCOME = """INSERT INTO outcome_records (task_id, intent_id, action_type, handler, domain, success, confidence_score, execution_time,
+    context, created_at, imported)
+  SELECT CAST(:task_id AS TEXT), NULL, :action_type, :name, :domain, CAST(:success AS INTEGER), CAST(:confidence AS REAL), CAST(:seconds AS REAL),
+    CAST(:context AS TEXT), CAST(:end AS INTEGER), 1
+  WHERE NOT EXISTS (SELECT 1 FROM outcome_records WHERE task_id = :task_id)"""
+IMPORT_KEYS = ("name", "start", "end", "success", "domain", "goal", "confidence", "reason", "attempts")
+IMPORT_PIECE = 5000  # runs after which sums are written, so that memory stays bounded, and a sign of life is given
+
+
+def parse_moment(what: str, value: Any) -> int:
+    """Milliseconds since 1970 from RFC 3339 with an offset, or from a number of seconds; ValueError otherwise."""
+    if isinstance(value, str):
+        try:
+            at = parse_instant(value)
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from None
+    elif isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_INSTANT / 1000:
+        at = round(value * 1000)
+    else:
+        raise ValueError(f"{what} is an instant with its offset, such as \"2026-11-22T07:08:19Z\", or a number of seconds since 1970")
+    if at < 0:
+        raise ValueError(f"{what} lies before 1970")
+    return at
+
+
+def past_run(values: Any, domain: str, now: int) -> Row:
+    """One past run from a line of a log; ValueError that says what is wrong with it. `domain` is for lines that name none."""
+    if not isinstance(values, dict):
+        raise ValueError("is not a JSON object")
+    if unknown := next((key for key in values if key not in IMPORT_KEYS), None):
+        raise ValueError(f"the key {unknown[:60]!r} is unknown; there are {', '.join(IMPORT_KEYS)}")
+    if missing := next((key for key in IMPORT_KEYS[:4] if key not in values), None):
+        raise ValueError(f"has no {missing}")
+    run: Row = {"name": past_name("name", values["name"]), "domain": past_name("domain", values.get("domain", domain)),
+                "start": parse_moment("start", values["start"]), "end": parse_moment("end", values["end"])}  # fmt: skip
+    if run["name"] in ("command", "rescue"):
+        raise ValueError(f"name: {run['name']!r} is a word of grace's own")
+    if run["end"] < run["start"]:
+        raise ValueError(f"ends ({format_instant(run['end'])}) before it starts ({format_instant(run['start'])})")
+    if run["end"] > now:
+        raise ValueError(f"ends in the future ({format_instant(run['end'])}); is its offset right?")
+    if run["end"] - run["start"] > MAX_DURATION:
+        raise ValueError("takes longer than ten years")
+    return {**run, **past_facts(values)}
+
+
+def past_name(key: str, value: Any) -> str:
+    if not isinstance(value, str) or not NAME.fullmatch(value):
+        raise ValueError(f"{key} is 1 to 64 of A–Z a–z 0–9 _ . -, not {str(value)[:60]!r}")
+    return value
+
+
+def past_facts(values: Row) -> Row:
+    """What a line says of a run besides its name and times."""
+    success, confidence, attempts = values["success"], values.get("confidence"), values.get("attempts", 1)
+    if not isinstance(success, bool):
+        raise ValueError("success is true or false")
+    if confidence is not None and (isinstance(confidence, bool) or not isinstance(confidence, (int, float)) or not 0 <= confidence <= 1):
+        raise ValueError("confidence is a number from 0 to 1")
+    if isinstance(attempts, bool) or not isinstance(attempts, int) or not 1 <= attempts <= 1000:
+        raise ValueError("attempts is a whole number from 1 to 1000")
+    texts = {key: values.get(key) for key in ("goal", "reason")}
+    for key, text in texts.items():
+        if text is not None:
+            check_text(text if isinstance(text, str) else "", f"the {key}", 2000 if key == "goal" else 200)
+    return {"success": success, "confidence": None if confidence is None else float(confidence), "attempts": attempts, **texts}
+
+
+def past_id(run: Row) -> str:
+    """A run's id from what it says, so that it is known again; sortable by its end."""
+    import hashlib
+
+    return f"run_{_base32(run['end'])}{hashlib.sha256(to_json([run[key] for key in IMPORT_KEYS]).encode()).hexdigest()[:20]}"
+
+
+def import_runs(tx: Tx, runs: Iterable[Row], note: Callable[[int], None]) -> Row:
+    """Add past runs to outcomes and sums, each once whatever was imported before; how many were added, and how many known."""
+    folded, added, known, names, edges = fold_hours(tx, tx.now - tx.now % HOUR), 0, 0, dict[str, int](), [MAX_INSTANT, 0]
+    for number, run in enumerate(runs, 1):
+        if import_run(tx, run, folded):
+            added += 1
+            names[run["name"]] = names.get(run["name"], 0) + 1
+            edges = [min(edges[0], run["start"]), max(edges[1], run["end"])]
+        else:
+            known += 1
+        if number % IMPORT_PIECE == 0:
+            tx.flush()
+            note(number)
+    most = sorted(names, key=lambda name: -names[name])[:20]
+    report = {"added": added, "known": known, "names": len(names), "largest": [{"name": name, "runs": names[name]} for name in most],
+              "first_at": edges[0] if added else None, "last_at": edges[1] if added else None}  # fmt: skip
+    if added:
+        emit(tx, "learning.imported", None, report)
+    return report
+
+
+def import_run(tx: Tx, run: Row, folded: int) -> bool:
+    """Whether it was new."""
+    ms, success = run["end"] - run["start"], int(run["success"])
+    context = {"intent_id": None, "goal": run["goal"] or run["name"], "status": "completed" if success else "failed", "reason": run["reason"], "sla_met": None,
+               "metrics": {"execution_time_ms": ms, "attempt_number": run["attempts"]}}  # fmt: skip
+    if not tx.run(IMPORT_OUTCOME, task_id=run["id"], action_type=f"intent_{run['domain']}", name=run["name"], domain=run["domain"], success=success,
+                  confidence=run["confidence"], seconds=ms / 1000, context=to_json(context), end=run["end"]):  # fmt: skip
+        return False
+    hour = run["end"] - run["end"] % HOUR
+    ended = {"status": context["status"], "sla_met": None, "sla_buffer_ms": None, "attempt_number": run["attempts"], "queue_time_ms": 0,
+             "execution_time_ms": ms, "total_time_ms": ms}  # fmt: skip
+    add_sums(tx, hour, run["name"], run["domain"], 1, metric_sums(ended), folded)
+    if success:
+        add_duration(tx, hour, run["name"], run["domain"], 1, bucket_of(ms), 1, folded)
+    tally_outcome(tx, hour, run["name"], run["domain"], run["confidence"], context)
+    return True
+
+
+# ---- what the outcomes say
+
+KIND_FILTER = """ AND task_type <> 'rescue' AND (CAST(:handler AS TEXT) IS NULL OR task_type = :handler)
+  AND (CAST(:domain AS TEXT) IS NULL OR domain = :domain)"""
+HOUR_SUMS = ("completed", "failed", "timed_out", "cancelled", "runs", "execution_ms")
+STATS_HOURS = f"""SELECT task_type, domain, (starts_at / {HOUR} + 72) % 168 AS slot, imported, MIN(starts_at) AS first_at, MAX(starts_at) AS last_at,
+    {', '.join(f'SUM({name}) AS {name}' for name in HOUR_SUMS)}
+  FROM htm_metrics WHERE level = 'hour' AND starts_at >= :since{KIND_FILTER} GROUP BY task_type, domain, slot, imported"""
+STATS_DURATIONS = f"""WITH spans AS MATERIALIZED (SELECT task_type AS name, (MIN(starts_at) + MAX(starts_at)) / 2 AS middle FROM htm_metrics
+    WHERE level = 'hour' AND starts_at >= :since{KIND_FILTER} GROUP BY task_type)
+  SELECT task_type, domain, bucket, CASE WHEN starts_at > middle THEN 1 ELSE 0 END AS late, SUM(n) AS n
+  FROM htm_durations JOIN spans ON name = task_type
+  WHERE ((level = 'day' AND starts_at >= :day AND starts_at < :last_day) OR (level = 'hour' AND starts_at >= :since AND starts_at < :day)
+    OR (level = 'hour' AND starts_at >= :last_day)){KIND_FILTER} GROUP BY task_type, domain, bucket, late"""
+STATS_TALLIES = f"""SELECT task_type, domain, kind, word, SUM(n) AS n, SUM(succeeded) AS succeeded, SUM(total) AS total, SUM(squared) AS squared
+  FROM outcome_tallies WHERE starts_at >= :since AND kind <> 'duration'{KIND_FILTER} GROUP BY task_type, domain, kind, word"""
+STATS_CORRECTIONS = f"""SELECT starts_at, task_type, domain, word, n, total FROM outcome_tallies
+  WHERE starts_at >= :since AND kind = 'duration'{KIND_FILTER}"""
+WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
+TREND_RUNS = 5  # in each half, below which no trend is told
+
+
+class Facts:
+    """The sums for one line of statistics, filled from rows and read by stats_document()."""
+
+    def __init__(self) -> None:
+        self.slots: dict[int, dict[str, int]] = {}  # by hour of the week, from Monday 0:00 UTC
+        self.durations: dict[tuple[int, int], int] = {}  # by half of the time and bucket
+        self.tallies: dict[tuple[str, str], list[int]] = {}
+        self.imported, self.first_at, self.last_at = 0, MAX_INSTANT, 0
+
+    def add_slot(self, row: Row) -> None:
+        sums = self.slots.setdefault(row["slot"], dict.fromkeys(HOUR_SUMS, 0))
+        for name in HOUR_SUMS:
+            sums[name] += row[name]
+        if row["imported"]:
+            self.imported += row["completed"] + row["failed"]
+        self.first_at, self.last_at = min(self.first_at, row["first_at"]), max(self.last_at, row["last_at"])
+
+    def add_duration(self, late: int, bucket: int, n: int) -> None:
+        self.durations[late, bucket] = self.durations.get((late, bucket), 0) + n
+
+    def add_tally(self, row: Row) -> None:
+        before = self.tallies.setdefault((row["kind"], row["word"]), [0, 0, 0, 0])
+        before[:] = [a + row[name] for a, name in zip(before, ("n", "succeeded", "total", "squared"), strict=True)]
+
+    def correct(self, row: Row, late: int) -> None:
+        sums = self.slots.setdefault((row["starts_at"] // HOUR + 72) % 168, dict.fromkeys(HOUR_SUMS, 0))
+        sums["runs"] += row["n"]
+        sums["execution_ms"] += row["total"]
+        self.add_duration(late, int(row["word"]), row["n"])
+
+    def histogram(self, half: int | None = None) -> list[tuple[int, int]]:
+        """(bucket, count) in ascending order, of one half of the time or of both."""
+        buckets: dict[int, int] = {}
+        for (late, bucket), n in self.durations.items():
+            if half is None or late == half:
+                buckets[bucket] = buckets.get(bucket, 0) + n
+        return sorted((bucket, n) for bucket, n in buckets.items() if n > 0)
+
+
+def learning_facts(reader: Reader, since: int, handler: str | None, domain: str | None, merge: bool) -> dict[tuple[str, str | None], Facts]:
+    """What ended since then (in full hours) by handler and domain; merged: by handler alone. Commands in the foreground are `command`."""
+    found: dict[tuple[str, str | None], Facts] = {}
+    chosen, bounds = {"handler": handler, "domain": domain}, window_bounds(reader, since)
+    del bounds["folded"]
+
+    def of(row: Row) -> Facts:
+        return found.setdefault((row["task_type"], None if merge else row["domain"]), Facts())
+
+    for row in reader.all(STATS_HOURS, since=bounds["since"], **chosen):
+        of(row).add_slot(row)
+    for row in reader.all(STATS_DURATIONS, **bounds, **chosen):
+        of(row).add_duration(row["late"], row["bucket"], row["n"])
+    for row in reader.all(STATS_TALLIES, since=bounds["since"], **chosen):
+        of(row).add_tally(row)
+    middles = {name: (min(one.first_at for (other, _), one in found.items() if other == name)
+                      + max(one.last_at for (other, _), one in found.items() if other == name)) // 2 for name, _ in found}  # fmt: skip
+    for row in reader.all(STATS_CORRECTIONS, since=bounds["since"], **chosen):
+        whole = bounds["day"] <= row["starts_at"] < bounds["last_day"]
+        at = row["starts_at"] - (row["starts_at"] % DAY if whole else 0)
+        of(row).correct(row, int(at > middles.get(row["task_type"], 0)))
+    return dict(sorted(found.items(), key=lambda item: (item[0][0], item[0][1] or "")))
+
+
+def share(part: float, whole: float) -> float | None:
+    return round(part / whole, 4) if whole else None
+
+
+def slot_document(slots: list[dict[str, int]]) -> Row:
+    """One line of a pattern: what ended at that hour or weekday."""
+    sums = {name: sum(slot[name] for slot in slots) for name in HOUR_SUMS}
+    tried = sums["completed"] + sums["failed"] + sums["timed_out"]
+    return {"ended": tried + sums["cancelled"], "success_rate": share(sums["completed"], tried),
+            "avg_execution_ms": round(sums["execution_ms"] / sums["runs"], 1) if sums["runs"] else None}  # fmt: skip
+
+
+def trend_ratio(facts: Facts) -> float | None:
+    """The median of the later half of the time that is covered, divided by that of the earlier one: 1.2 means a fifth longer."""
+    halves = [facts.histogram(half) for half in (0, 1)]
+    if min(sum(n for _, n in half) for half in halves) < TREND_RUNS:
+        return None
+    early, late = (percentile(half, 0.5) or 0.0 for half in halves)
+    return round(late / early, 3) if early else None
+
+
+def calibration(facts: Facts) -> Row:
+    """Stated confidence by tenths against what was achieved, and the Brier score (Brier 1950): 0 is perfect, 0.25 what a coin would get."""
+    bins = [(int(word), sums) for (kind, word), sums in sorted(facts.tallies.items()) if kind == "confidence"]
+    n, squared = sum(sums[0] for _, sums in bins), sum(sums[3] for _, sums in bins)
+    return {"brier_score": round(squared / MILLION / n, 4) if n else None, "calibration": [
+        {"stated_from": tenth / 10, "stated_to": (tenth + 1) / 10, "runs": sums[0], "stated_rate": round(sums[2] / MILLION / sums[0], 4),
+         "achieved_rate": round(sums[1] / sums[0], 4)} for tenth, sums in bins]}  # fmt: skip
+
+
+def stats_document(name: str, domain: str | None, facts: Facts) -> Row:
+    """All that is known of one kind of work in the window; a domain of None stands for all of them."""
+    sums = {key: sum(slot[key] for slot in facts.slots.values()) for key in HOUR_SUMS}
+    tried = sums["completed"] + sums["failed"] + sums["timed_out"]
+    odd = [sums_of for (kind, _), sums_of in facts.tallies.items() if kind == "attempts"]
+    failures = sorted(((word, one[0]) for (kind, word), one in facts.tallies.items() if kind == "failure"), key=lambda pair: (-pair[1], pair[0]))
+    retried = sum(one[0] for (kind, word), one in facts.tallies.items() if kind == "attempts" and word != "0")
+    histogram = facts.histogram()
+    return {
+        "handler": name, "domain": domain, "ended": tried + sums["cancelled"], "completed": sums["completed"], "failed": sums["failed"] + sums["timed_out"],
+        "cancelled": sums["cancelled"], "imported": facts.imported, "success_rate": share(sums["completed"], tried), "runs": sums["runs"],
+        "avg_execution_ms": round(sums["execution_ms"] / sums["runs"], 1) if sums["runs"] > 0 else None,
+        **{f"p{part}_execution_ms": percentile(histogram, part / 100) for part in (50, 95, 99)}, "trend_ratio": trend_ratio(facts),
+        "retry_rate": share(retried, tried), "avg_attempts": share(tried - sum(one[0] for one in odd) + sum(one[2] for one in odd), tried),
+        "failures": [{"reason": word, "n": n} for word, n in failures[:20]], **calibration(facts),
+        "by_hour": [{"hour": hour, **slot_document([slot for n, slot in facts.slots.items() if n % 24 == hour])} for hour in range(24)],
+        "by_weekday": [{"weekday": day, **slot_document([slot for n, slot in facts.slots.items() if n // 24 == at])} for at, day in enumerate(WEEKDAYS)],
+        "first_at": facts.first_at if facts.slots else None, "last_at": facts.last_at if facts.slots else None,
+    }  # fmt: skip
+
+
+# ---- other thresholds
+
+REHEARSE = """SELECT COUNT(*) AS tasks, COUNT(*) FILTER (WHERE level >= 1) AS warnings, COUNT(*) FILTER (WHERE level >= 2) AS violations,
+    COUNT(*) FILTER (WHERE level >= 3) AS criticals, COUNT(*) FILTER (WHERE total >= ROUND(sla * :warn_at)) AS new_warnings,
+    COUNT(*) FILTER (WHERE total >= sla) AS new_violations, COUNT(*) FILTER (WHERE total >= ROUND(sla * :critical_at)) AS new_criticals,
+    COALESCE(SUM(sla) FILTER (WHERE total >= sla), 0) AS late_sla
+  FROM (SELECT total, level, CAST(COALESCE(CAST(:sla AS INTEGER), total + buffer) AS REAL) AS sla FROM (
+    SELECT CAST(COALESCE(json(context) -> 'metrics' ->> 'total_time_ms', json(context) -> 'metrics' ->> 'execution_time_ms') AS INTEGER) AS total,
+      CAST(json(context) -> 'metrics' ->> 'sla_buffer_ms' AS INTEGER) AS buffer,
+      COALESCE(CAST(json(context) ->> 'escalation_level' AS INTEGER), 0) AS level
+    FROM outcome_records WHERE handler IS NOT DISTINCT FROM :handler AND created_at >= :since) AS times) AS tasks
+  WHERE total IS NOT NULL AND sla > 0"""
+
+
+def rehearse(reader: Reader, handler: str | None, since: int, warn_at: float, critical_at: float, sla_ms: int | None) -> Row:
+    """What the ladder did with the tasks of a handler (None: commands in the foreground), and what these thresholds would have done.
+
+    A warning is useful when its task then passed its deadline; `lead_ms` is how long before that it would have come, on average."""
+    found = reader.one(REHEARSE, handler=handler, since=since, warn_at=warn_at, critical_at=critical_at, sla=sla_ms) or {}
+    late = found["new_violations"]
+    useful = min(found["new_warnings"], late)
+    return {"handler": handler, "warn_at": warn_at, "critical_at": critical_at, "sla_ms": sla_ms, "tasks": found["tasks"],
+            "fired": {name: found[name] for name in ("warnings", "violations", "criticals")},
+            "rehearsed": {name: found[f"new_{name}"] for name in ("warnings", "violations", "criticals")},
+            "useful_warnings": useful, "false_warnings": found["new_warnings"] - useful, "useful_rate": share(useful, found["new_warnings"]),
+            "lead_ms": round(found["late_sla"] / late * (1 - warn_at)) if late else None}  # fmt: skip
 
 
 # =====================================================================================================================
@@ -5326,7 +5898,8 @@ def submit(tx: Tx, specs: Iterable[Row]) -> list[Row]:
             raise
         made.append((intent, task))
         done.append({"intent_id": intent["intent_id"], "task_id": task["task_id"], "status": task["status"],
-                     "sla_deadline": format_instant(task["sla_deadline"]), "duplicate": False})  # fmt: skip
+                     "sla_deadline": format_instant(task["sla_deadline"]), "duplicate": False,
+                     **({"sla_basis": spec["sla_basis"]} if "sla_basis" in spec else {})})  # fmt: skip
         if spec["key"]:
             keys[spec["key"]] = done[-1]
         if spec["after"] or len(made) == PAIRS_AT_ONCE:
@@ -5362,7 +5935,7 @@ def shape_of(tx: Tx, spec: Row) -> Shape:
             error.message += " (the domain's name stands for the handler where --handler is not given)"
         raise
     start = max(tx.now, spec["at"] or 0)
-    sla = spec["sla_ms"] if spec["sla_ms"] is not None else handler["sla_ms"]
+    sla = spec["sla_ms"] if spec["sla_ms"] is not None else sla_in_force(handler)
     intent = {**spec, "handler": name, "sla_ms": sla, "now": tx.now}
     task = task_row(tx, task_type=name or "command", domain=spec["domain"], handler=name, priority=spec["priority"], sla_ms=sla, queued_at=start,
                     available_at=start if start > tx.now else None, warn_at=handler["warn_at"], critical_at=handler["critical_at"],
@@ -7301,6 +7874,8 @@ class Daemon:
                 self.say("repaired", {"links": mended})
             sweep_doors(self.store)
             shred_if_due(self.store)
+            if not self.drain and self.stop_at is None and adaptation_due(self.store, clock()):
+                self._adapt()
         over = self.store.value(NEXT_CONSENT_END)
         if over is not None and over <= clock():
             self.store.overwrite_deleted()
@@ -7308,6 +7883,13 @@ class Daemon:
         if now >= self.beat_at:
             self.beat_at = now + setting(self.store, "daemon.heartbeat_every") / 1000
             self._beat()
+
+    def _adapt(self) -> None:
+        """Let handlers' SLAs follow their runs: reckoned first, then put into force in one short transaction."""
+        wanted = self.store.read(lambda reader: wanted_adaptations(reader, clock()))
+        changed = self.store.write(lambda tx: adapt(tx, wanted))
+        if changed:
+            self.say("adapted", {"handlers": changed})
 
     def _beat(self) -> None:
         state = "stopping" if self.stop_at is not None else "draining" if self.drain else "running"
@@ -7793,6 +8375,16 @@ def handler_document(row: Row) -> Row:
     return document
 
 
+def outcome_document(row: Row) -> Row:
+    names = ("task_id", "intent_id", "action_type", "handler", "domain", "success", "confidence_score", "execution_time", "context", "created_at")
+    return {**shown_fields(row, names), "imported": bool(row["imported"])}
+
+
+def basis_document(row: Row) -> Row:
+    """A suggested SLA with its instants as text."""
+    return {key: format_instant(value) if key.endswith("_at") else value for key, value in row.items()}
+
+
 def violation_document(row: Row, now: int) -> Row:
     elapsed = max(0, (row["finished_at"] or now) - row["queued_at"])
     over = elapsed - row["sla_ms"]
@@ -8252,6 +8844,7 @@ def parse_variable(text: str) -> tuple[str, str]:
 DURATION_TYPE = Checked("duration", parse_duration)
 CONVERTERS: dict[str, Checked] = {
     "duration": DURATION_TYPE,
+    "sla": Checked("duration|auto", lambda text: text if text == "auto" else parse_duration(text)),
     "instant": Checked("instant", parse_instant),
     "name": Checked("name", lambda text: named("this", text)),
     "id": Checked("id", text_of("an id", 128)),
@@ -8449,14 +9042,16 @@ GROUPS.update({
     "events": "The event bus: what happened, in order.",
     "handler": "The commands that do the work, by name.",
     "intent": "Goals and how they went.",
+    "learn": "What came of the work, how long it takes, and which SLA it should have.",
     "policy": "The rules of governance: what is denied, or takes more than the risk asks for.",
     "secret": "Sealed values, and asking for them.",
+    "sla": "The ladder's thresholds, tried on what has happened.",
     "task": "The units of work behind intents, and the protocol for workers that are not grace.",
 })  # fmt: skip
 
 SUBMIT_OPTIONS = (
     opt("--domain", kind=Checked("name", lambda text: named("a domain", text)), default="general", show_default=True, help="What the goal belongs to."),
-    opt("--sla", "sla_ms", kind="duration", help="The deadline, from now, such as 30s or 2h [default: the handler's]."),
+    opt("--sla", "sla_ms", kind="sla", help="The deadline, from now, such as 30s or 2h; auto: what earlier runs ask for [default: the handler's]."),
     opt("--priority", kind="priority", default="normal", show_default=True, help="critical, high, normal or low."),
     opt("--context", kind="object", default="{}", metavar="JSON", help="An object for the handler: JSON, @FILE, or - for stdin."),
     opt("--expected-outcome", kind="outcome", help="What should be true afterwards."),
@@ -8495,25 +9090,36 @@ def submit_command(app: App, goal: str | None, batch: str | None, wait: bool, wa
     if batch is not None:
         return submit_batch(app, batch, wait)
     store = app.store()
+    if options["sla_ms"] == "auto":
+        (settled,) = settle_auto(store, [spec_of(goal, options, clock())], clock())
+        options.update(sla_ms=settled["sla_ms"], sla_basis=settled["sla_basis"])
     done = store.write(lambda tx: submit(tx, [spec_of(goal, options, tx.now)]))[0]
     if wait:
         return show_waited(app, store, [done["intent_id"]], wait_timeout, {"duplicate": done["duplicate"]})
-    app.show(done, lambda: write_out(f"{done['intent_id']}  {done['task_id']}" + ("  (submitted before)" if done["duplicate"] else "")))
+    app.show(done, lambda: write_out(f"{done['intent_id']}  {done['task_id']}" + submission_note(done)))
     return None
+
+
+def submission_note(done: Row) -> str:
+    """What people are told of a submission besides its ids."""
+    if done["duplicate"]:
+        return "  (submitted before)"
+    basis = done.get("sla_basis")
+    return f"  (SLA {format_duration(basis['sla_ms'])}, from {basis['runs']} runs)" if basis else ""
 
 
 def spec_of(goal: str | None, options: Row, now: int) -> Row:
     """What submit() takes, from the command's options."""
     if options.get("at") is not None and options.get("in_ms") is not None:
         raise UsageError("--at and --in exclude each other")
-    spec = {key: value for key, value in options.items() if key in SPEC_DEFAULTS and value is not None}
+    spec = {key: value for key, value in options.items() if key in (*SPEC_DEFAULTS, "sla_basis") and value is not None}
     if options.get("in_ms") is not None:
         spec["at"] = now + options["in_ms"]
     return {**spec, "goal": goal, "created_by": options.get("created_by") or login_name()}
 
 
 BATCH_KEYS: dict[str, tuple[str, str]] = {  # the key in a line -> (the spec's key, its converter)
-    "goal": ("goal", "goal"), "handler": ("handler", "name"), "domain": ("domain", "name"), "sla": ("sla_ms", "duration"),
+    "goal": ("goal", "goal"), "handler": ("handler", "name"), "domain": ("domain", "name"), "sla": ("sla_ms", "sla"),
     "priority": ("priority", "priority"), "expected_outcome": ("expected_outcome", "outcome"), "risk_level": ("risk_level", "risk"),
     "created_by": ("created_by", "person"), "intent_id": ("intent_id", "own_id"), "key": ("key", "key"), "at": ("at", "instant"),
     "in": ("in_ms", "duration"), "timeout": ("timeout_ms", "duration"),
@@ -8527,6 +9133,8 @@ def submit_batch(app: App, source: str, wait: bool) -> int | None:
     creator = login_name()
     specs = list(batch_specs(batch_lines(source), creator))
     store = app.store()
+    if any(spec.get("sla_ms") == "auto" for spec in specs):
+        specs = list(settle_auto(store, specs, clock()))
 
     def put(tx: Tx) -> list[Row]:
         for spec in specs:
@@ -8540,19 +9148,19 @@ def submit_batch(app: App, source: str, wait: bool) -> int | None:
     return None
 
 
-def batch_lines(source: str) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines that are not blank."""
+def batch_lines(source: str, what: str = "--batch", undone: str = "nothing was submitted") -> Iterator[tuple[int, bytes]]:
+    """Numbered lines that are not blank. `what` names the file in errors, `undone` says that nothing has happened."""
     try:
         with open(0 if source == "-" else source, "rb", closefd=source != "-") as file:
             number = 0
             while line := file.readline(MAX_LINE + 1):
                 number += 1
                 if len(line) > MAX_LINE:
-                    raise UsageError(f"--batch: line {number}: larger than 1 MiB", "nothing was submitted")
+                    raise UsageError(f"{what}: line {number}: larger than 1 MiB", undone)
                 if line.strip():
                     yield number, line
     except (OSError, ValueError) as error:
-        raise UsageError(f"--batch: cannot read {printable(source)}: {getattr(error, 'strerror', None) or error}") from None
+        raise UsageError(f"{what}: cannot read {printable(source)}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def batch_specs(lines: Iterable[tuple[int, bytes]], creator: str) -> Iterator[Row]:
@@ -8675,7 +9283,8 @@ def run_command(app: App, cmd: tuple[str, ...], secrets: tuple[tuple[str, str, s
             if not app.json:
                 sys.stderr.write(line + "\n")
 
-        done = Runner(store, spec_of(text, options, 0), list(cmd), lambda message: report(GraceError(message), app.json), tell, wishes, vault).run()
+        (spec,) = settle_auto(store, [{**spec_of(text, options, 0), "command": True}], clock())
+        done = Runner(store, spec, list(cmd), lambda message: report(GraceError(message), app.json), tell, wishes, vault).run()
     except GraceError as error:
         report(error, app.json)
         return 125
@@ -9090,7 +9699,8 @@ def handler_list(app: App) -> None:
     """All handlers."""
     store = app.store()
     documents = [handler_document(row) for row in store.all(LIST_HANDLERS)]
-    rows = [(d["name"], format_duration(d["sla_ms"]), "paused" if d["paused"] else "ready", " ".join(one["secret_key"] for one in d["secrets"]) or "-",
+    rows = [(d["name"], format_duration(sla_in_force(d)) + (" (adapted)" if d["adapted_sla_ms"] else ""), "paused" if d["paused"] else "ready",
+             " ".join(one["secret_key"] for one in d["secrets"]) or "-",
              "(external)" if d["external"] else printable(" ".join(d["argv"]))) for d in documents]  # fmt: skip
     app.show(documents, lambda: show_table(("HANDLER", "SLA", "STATE", "SECRETS", "COMMAND"), rows, "no handlers; make one: grace handler add NAME -- CMD"))
 
@@ -9322,6 +9932,332 @@ def events_publish(app: App, topic: str, payload: Any) -> None:
     app.show({"id": event_id(seq), "topic": topic}, lambda: write_out(event_id(seq)))
 
 
+# ---- learning
+
+WHOSE_OPTIONS = (
+    opt("--handler", kind="name", help="Only this handler; command: what grace run has run."),
+    opt("--domain", kind="name", help="Only this domain."),
+)
+RATE = Checked("ratio", fraction(0.5, 0.999))
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def bar(part: float, width: int) -> str:
+    """A line as long as this part (0 to 1) of the width; at least a trace of what is not nothing."""
+    return "█" * round(part * width) or ("▏" if part > 0 else "")
+
+
+def spark(values: list[float]) -> str:
+    """One character for each value, as high as it is against the highest."""
+    top = max(values, default=0)
+    return "".join(BARS[min(7, int(8 * value / top))] if value > 0 else "·" for value in values)
+
+
+def percent(rate: float | None) -> str:
+    return "-" if rate is None else f"{100 * rate:.1f}%"
+
+
+def trend_cell(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{100 * ratio - 100:+.0f}%"
+
+
+@command("learn stats", *WHOSE_OPTIONS, opt("--since", kind="since", default="30d", help="What ended since then: an instant or a duration [default: 30d]."))
+def learn_stats(app: App, handler: str | None, domain: str | None, since: tuple[str, int]) -> None:
+    """How the work went, by handler and domain; one handler in detail.
+
+    Counted in full hours (UTC). Times are those of execution, without time asleep and interrupted runs."""
+    store = app.store()
+    begin = max(0, instant_since(since, clock()))
+    found = store.read(lambda reader: learning_facts(reader, begin, handler, domain, merge=False))
+    documents = [basis_document(stats_document(name, part, facts)) for (name, part), facts in found.items()]
+    if handler is None:
+        cells = [(d["handler"], d["domain"], str(d["ended"]), percent(d["success_rate"]),
+                  *(format_duration(d[f"p{part}_execution_ms"]) for part in (50, 95, 99)), trend_cell(d["trend_ratio"]), percent(d["retry_rate"]))
+                 for d in documents]  # fmt: skip
+        header = ("HANDLER", "DOMAIN", "ENDED", "SUCCESS", "P50", "P95", "P99", "TREND", "RETRIED")
+        app.show(documents, lambda: show_table(header, cells, "nothing has ended in this time"))
+        return
+    if not documents:
+        refuse_unknown_name(store, handler)
+    whole = store.read(lambda reader: learning_facts(reader, begin, handler, domain, merge=True)).get((handler, None), Facts())
+    document = {**basis_document(stats_document(handler, domain, whole)), "domains": documents}
+    app.show(document, lambda: show_stats(document))
+
+
+def refuse_unknown_name(reader: Reader, name: str) -> None:
+    """NotFoundError for a name that is no handler and that no outcome bears."""
+    if name != "command" and not reader.all(HISTORY_PAGE, handler=name, at=MAX_INSTANT, seq=0, n=1):
+        find_handler(reader, name)
+
+
+def show_stats(document: Row) -> None:
+    """One handler on a page of 80 columns."""
+    write_out(f"{document['handler']}" + (f"  ({document['domain']})" if document["domain"] else ""))
+    if not document["ended"]:
+        write_out("  nothing has ended in this time")
+        return
+    write_out(f"  ended      {document['ended']}: {document['completed']} completed, {document['failed']} failed, {document['cancelled']} cancelled"
+              + (f"; {document['imported']} of them imported" if document["imported"] else ""))  # fmt: skip
+    write_out(f"  success    {percent(document['success_rate'])}")
+    parts = ", ".join(f"p{part} {format_duration(document[f'p{part}_execution_ms'])}" for part in (50, 95, 99))
+    write_out(f"  execution  mean {format_duration(document['avg_execution_ms'])}, {parts}")
+    trend = document["trend_ratio"]
+    write_out("  trend      " + ("too few runs to tell" if trend is None else f"{trend_cell(trend)}: the median of the later half against that of the earlier"))
+    write_out(f"  attempts   {percent(document['retry_rate'])} took more than one; {document['avg_attempts'] or '-'} on average")
+    show_patterns(document)
+    show_judgements(document)
+    if len(document["domains"]) > 1:
+        cells = [(f"  {d['domain']}", str(d["ended"]), percent(d["success_rate"]),
+                  *(format_duration(d[f"p{part}_execution_ms"]) for part in (50, 95))) for d in document["domains"]]  # fmt: skip
+        write_out("")
+        show_table(("  DOMAIN", "ENDED", "SUCCESS", "P50", "P95"), cells, "")
+
+
+def show_patterns(document: Row) -> None:
+    hours, days = document["by_hour"], document["by_weekday"]
+    write_out("\n  by hour (UTC)   0     6     12    18")
+    write_out(f"  ended           {spark([hour['ended'] for hour in hours])}")
+    means = [hour["avg_execution_ms"] or 0 for hour in hours]
+    write_out(f"  mean time       {spark(means)}   up to {format_duration(max(means))}\n")
+    top = max(day["ended"] for day in days)
+    for day in days:
+        mean, rate = format_duration(day["avg_execution_ms"]), percent(day["success_rate"])
+        write_out(f"  {day['weekday']:<10} {day['ended']:>8}  {bar(day['ended'] / top, 20):<20}  {mean:>8}  {rate:>6}")
+
+
+def show_judgements(document: Row) -> None:
+    if document["calibration"]:
+        write_out(f"\n  stated confidence against what came of it (Brier score {document['brier_score']:.3f}; 0 is perfect)")
+        for row in document["calibration"]:
+            stated, achieved = percent(row["stated_rate"]), percent(row["achieved_rate"])
+            write_out(f"  stated {stated:>6}  achieved {achieved:>6}  {bar(row['achieved_rate'], 20):<20}  {counted(row['runs'], 'run')}")
+    if document["failures"]:
+        write_out("\n  failures by reason")
+        for failure in document["failures"]:
+            write_out(f"  {failure['n']:>8}  {bar(failure['n'] / document['failures'][0]['n'], 20):<20}  {printable(failure['reason'])[:40]}")
+
+
+NEWEST_OUTCOMES = """SELECT * FROM outcome_records WHERE handler IS NOT DISTINCT FROM :handler AND created_at >= :since
+    AND (CAST(:domain AS TEXT) IS NULL OR domain = :domain) AND (CAST(:success AS INTEGER) IS NULL OR success = :success)
+  ORDER BY created_at DESC, seq DESC LIMIT :n"""
+
+
+@command("learn outcomes", *WHOSE_OPTIONS, opt("--success/--failed", "success", default=None, help="Only what succeeded, or what did not."),
+         opt("--since", kind="since", help="Only what ended since then: an instant or a duration such as 2h."),
+         opt("--limit", kind="limit", default=50, show_default=True, help="At most so many."))  # fmt: skip
+def learn_outcomes(app: App, handler: str | None, domain: str | None, success: bool | None, since: tuple[str, int] | None, limit: int) -> None:
+    """What came of each task and imported run, newest first."""
+    store = app.store()
+    names: list[str | None] = [*recorded_names(store), None] if handler is None else [handler] + ([None] if handler == "command" else [])
+    chosen = {"domain": domain, "success": None if success is None else int(success), "since": instant_since(since, clock()), "n": limit}
+    rows = [row for name in names for row in store.all(NEWEST_OUTCOMES, handler=name, **chosen)]
+    rows.sort(key=lambda row: (row["created_at"], row["seq"]), reverse=True)
+    if handler is not None and not rows:
+        refuse_unknown_name(store, handler)
+    documents = [outcome_document(row) for row in rows[:limit]]
+    cells = [(d["created_at"], d["handler"] or "-", d["domain"], "ok" if d["success"] else failure_word(d["context"]),
+              format_duration(None if d["execution_time"] is None else 1000 * d["execution_time"]), printable(d["context"]["goal"]))
+             for d in documents]  # fmt: skip
+    app.show(documents, lambda: show_table(("ENDED", "HANDLER", "DOMAIN", "RESULT", "TOOK", "GOAL"), cells, "no outcomes"))
+
+
+@command("learn suggest-sla", opt("--handler", kind="name", help="Whose [default: all handlers]."),
+         opt("--rate", kind=RATE, help="The share of runs that it is to hold for [default: the setting learn.rate, 0.95]."),
+         opt("--apply", "put", is_flag=True, help="Make it the handler's SLA."))  # fmt: skip
+def learn_suggest(app: App, handler: str | None, rate: float | None, put: bool) -> None:
+    """Which SLA a handler should have, by its runs, and what that rests on."""
+    store, now = app.store(), clock()
+    if put and handler is None:
+        raise UsageError("--apply goes with --handler", "see what it would be: grace learn suggest-sla")
+    aim = rate if rate is not None else ratio_setting(store, "learn.rate")
+    if handler is None:
+        names = sorted({*recorded_names(store), *(row["name"] for row in store.all(LIST_HANDLERS))})
+        documents = [basis_document(sla_suggestion(store, name, aim, now)) for name in names]
+        cells = [(d["handler"], format_duration(d["sla_ms"]), str(d["runs"]), format_duration(d["quantile_ms"]), format_duration(d["current_sla_ms"]),
+                  f"{d['missing_runs']} more runs needed" if d["missing_runs"] else "" if d["is_handler"] else "no such handler")
+                 for d in documents]  # fmt: skip
+        header = ("HANDLER", "SLA", "RUNS", f"P{100 * aim:g}", "NOW", "NOTE")
+        app.show(documents, lambda: show_table(header, cells, "no handlers and no outcomes"))
+        return
+    basis = sla_suggestion(store, handler, aim, now)
+    if put or not basis["runs"]:
+        refuse_unknown_name(store, handler)
+    if basis["sla_ms"] is None:
+        raise ConflictError(f"{handler}: {counted(basis['runs'], 'successful run')} so far, and {MIN_RUNS} are needed; below that any SLA would be a guess",
+                            "wait for more, or import earlier ones: grace learn import FILE")  # fmt: skip
+    if put:
+        row = store.write(lambda tx: apply_suggestion(tx, basis, aim))
+        basis = {**basis, "current_sla_ms": row["sla_ms"]}
+    document = {**basis_document(basis), "rate": aim, "applied": put}
+    app.show(document, lambda: show_suggestion(document))
+
+
+def show_suggestion(document: Row) -> None:
+    name, rate = document["handler"], f"{document['percentile']:g} %"
+    write_folded(f"{name} should have an SLA of {format_duration(document['sla_ms'])}, to be kept by {rate} of its runs.", 0)
+    write_folded(f"{rate} of {document['runs']} runs from {document['first_at'][:10]} to {document['last_at'][:10]} took at most "
+                 f"{format_duration(document['quantile_ms'])}; times {document['margin']:g} for what these runs do not show.", 2)  # fmt: skip
+    if document["applied"]:
+        write_out("It has that SLA now.")
+    elif document["is_handler"]:
+        write_out(f"now: {format_duration(document['current_sla_ms'])}; set it: grace learn suggest-sla --handler {name} --apply")
+
+
+@command("learn backtest", opt("--handler", kind="name", help="Whose history [default: each handler's]."),
+         opt("--rate", kind=RATE, help="The share of runs to be kept [default: the setting learn.rate, 0.95]."),
+         opt("--fixed", "fixed_ms", kind="duration", help="The fixed SLA to compare with [default: the handler's, else one from its first runs]."),
+         opt("--limit", kind="limit", default=100_000, show_default=True, help="At most so many of each handler's latest runs."))  # fmt: skip
+def learn_backtest(app: App, handler: str | None, rate: float | None, fixed_ms: int | None, limit: int) -> None:
+    """Replay the recorded runs: would grace have predicted them better than a fixed SLA, or than the mean of the last ten?
+
+    Each run is predicted from those before it. The pinball loss is what wrong predictions cost, in time; less is better. Coverage is the share kept."""
+    store = app.store()
+    aim = rate if rate is not None else ratio_setting(store, "learn.rate")
+    names = [handler] if handler is not None else list(recorded_names(store))
+    documents = [tested for name in names if (tested := backtest_of(store, name, aim, fixed_ms, limit))["runs"] or handler is not None]
+    if handler is not None and not documents[0]["runs"]:
+        refuse_unknown_name(store, handler)
+    if handler is not None:
+        app.show(documents[0], lambda: show_backtest(documents, aim))
+    else:
+        app.show(documents, lambda: show_backtest(documents, aim))
+
+
+def backtest_of(store: Store, name: str, rate: float, fixed_ms: int | None, limit: int) -> Row:
+    """The replay of one handler's history; without figures where that is too short."""
+    handler = store.one(GET_HANDLER, name=name)
+    history = latest_runs(shown_progress(outcomes_of(store, name, limit), f"reading {name}"), limit)
+    fixed = fixed_ms if fixed_ms is not None else handler["sla_ms"] if handler else None
+    result = backtest(history, rate, fixed)
+    if result is None:
+        ways: Row = {way: {"pinball_loss_ms": None, "coverage_rate": None} for way in ("grace", "fixed", "mean_of_last_ten")}
+        return {"handler": name, "recorded_runs": len(history), "runs": 0, "rate": rate, "fixed_ms": fixed, **ways}
+    ways = {way: {"pinball_loss_ms": round(result[way]["pinball_loss"], 1), "coverage_rate": round(result[way]["coverage"], 4)}
+            for way in ("grace", "fixed", "mean_of_last_ten")}  # fmt: skip
+    return {"handler": name, "recorded_runs": len(history), "runs": result["runs"], "rate": rate, "fixed_ms": result["fixed_ms"], **ways}
+
+
+def show_backtest(documents: list[Row], rate: float) -> None:
+    cells = []
+    for document in documents:
+        if not document["runs"]:
+            write_out(f"{document['handler']}: {counted(document['recorded_runs'], 'successful run')}, which is too few to test on; "
+                      f"more than {MIN_RUNS} are needed")  # fmt: skip
+            continue
+        for way, label in (("grace", "grace"), ("fixed", f"fixed {format_duration(document['fixed_ms'])}"), ("mean_of_last_ten", "mean of last ten")):
+            cells.append((document["handler"] if way == "grace" else "", label, format_duration(document[way]["pinball_loss_ms"]),
+                          percent(document[way]["coverage_rate"]), str(document["runs"]) if way == "grace" else ""))  # fmt: skip
+    if cells or not documents:
+        show_table(("HANDLER", "PREDICTED BY", "PINBALL LOSS", "COVERAGE", "RUNS"), cells, "no outcomes to test on")
+    if cells:
+        write_out(f"aim: {percent(rate)} kept, at the least loss")
+
+
+def shown_progress(items: Iterable[Any], what: str) -> Iterator[Any]:
+    """The items; on a terminal, stderr counts every fifty thousand."""
+    telling = sys.stderr.isatty()
+    number = 0
+    for number, item in enumerate(items, 1):
+        if telling and number % 50_000 == 0:
+            sys.stderr.write(f"\r{what}: {number} …")
+            sys.stderr.flush()
+        yield item
+    if telling and number >= 50_000:
+        sys.stderr.write("\r" + " " * (len(what) + 20) + "\r")
+
+
+class _OnlyTriedError(Exception):
+    """Takes back an import that was only to be tried."""
+
+
+@command("learn import", arg("file", metavar="FILE"), opt("--domain", kind="name", default="general", show_default=True, help="For lines that name none."),
+         opt("--dry-run", is_flag=True, help="Check and count only."))  # fmt: skip
+def learn_import(app: App, file: str, domain: str, dry_run: bool) -> None:
+    """Learn from past runs: one JSON object a line, all or none; - for stdin.
+
+    Keys: name, start, end, success; if you like: domain, goal, confidence, reason, attempts. start and end are RFC 3339 with an offset, or seconds
+    since 1970. A run that was imported before is known again and not counted twice: whatever its line says makes its identity."""
+    import tempfile
+
+    store = app.store()
+    report: Row = {}
+    with tempfile.TemporaryFile(dir=os.path.dirname(store.path)) as spool:  # all lines are checked before anybody has to wait for the write lock
+        for run in shown_progress(past_runs(file, domain, clock()), "checking"):
+            spool.write(to_json(run).encode() + b"\n")
+
+        def put(tx: Tx) -> None:
+            spool.seek(0)
+            report.clear()
+            report.update(import_runs(tx, shown_progress(map(json.loads, spool), "importing"), lambda number: store.show_life()))
+            if dry_run:
+                raise _OnlyTriedError
+
+        with contextlib.suppress(_OnlyTriedError):
+            store.write(put)
+    document = {**basis_document(report), "dry_run": dry_run}
+    app.show(document, lambda: show_imported(document))
+
+
+def past_runs(source: str, domain: str, now: int) -> Iterator[Row]:
+    """The runs of a file, each with its id; UsageError that names the line of the first that is none."""
+    for number, line in batch_lines(source, "FILE", "nothing was imported"):
+        try:
+            run = past_run(parse_json(line.decode()), domain, now)
+        except UnicodeDecodeError:
+            raise UsageError(f"FILE: line {number}: is not valid UTF-8 text", "nothing was imported") from None
+        except ValueError as error:
+            raise UsageError(f"FILE: line {number}: {error}", "nothing was imported") from None
+        yield {**run, "id": past_id(run)}
+
+
+def show_imported(document: Row) -> None:
+    would = "would be " if document["dry_run"] else ""
+    write_out(f"{counted(document['added'], 'run')} {would}added, {document['known']} known before")
+    show_names = [f"{one['name']} {one['runs']}" for one in document["largest"]]
+    if show_names:
+        write_folded(f"  {', '.join(show_names)}" + (", …" if document["names"] > len(show_names) else ""), 2)
+
+
+@command("sla rehearse", opt("--warn-at", kind=Checked("ratio", fraction(0.01, 1)), help="Warning at this part of the SLA [default: the handler's, else 0.8]."),
+         opt("--critical-at", kind=Checked("ratio", fraction(1, 1000)), help="Critical at this part of the SLA [default: the handler's, else 2]."),
+         opt("--since", kind="since", default="30d", help="Tasks that ended since then: an instant or a duration [default: 30d]."),
+         opt("--handler", kind="name", help="Only this handler; command: what grace run has run."),
+         opt("--sla", "sla_ms", kind="duration", help="As if they all had had this SLA, imported runs too."))  # fmt: skip
+def sla_rehearse(app: App, warn_at: float | None, critical_at: float | None, since: tuple[str, int], handler: str | None, sla_ms: int | None) -> None:
+    """What other thresholds would have fired on the tasks that ended."""
+    store, begin = app.store(), instant_since(since, clock())
+    names: list[str | None] = [*recorded_names(store), None] if handler is None else [None if handler == "command" else handler]
+    found = []
+    for name in names:
+        own = (store.one(GET_HANDLER, name=name) if name else None) or HANDLER_DEFAULTS
+        warn, critical = warn_at or own["warn_at"], critical_at or own["critical_at"]
+        if warn >= critical:
+            raise UsageError("--warn-at must lie below --critical-at")
+        found.append({**rehearse(store, name, begin, warn, critical, sla_ms), "handler": name or "command"})
+    if handler is not None and not found[0]["tasks"]:
+        refuse_unknown_name(store, handler)
+    rows = [row for row in found if row["tasks"]]
+    document = {"since_at": format_instant(begin), "total": rehearsed_total(rows), "handlers": rows}
+    app.show(document, lambda: show_rehearsal(document))
+
+
+def rehearsed_total(rows: list[Row]) -> Row:
+    """All handlers together."""
+    fired, rehearsed = ({name: sum(row[part][name] for row in rows) for name in ("warnings", "violations", "criticals")} for part in ("fired", "rehearsed"))
+    useful = sum(row["useful_warnings"] for row in rows)
+    return {"tasks": sum(row["tasks"] for row in rows), "fired": fired, "rehearsed": rehearsed, "useful_warnings": useful,
+            "false_warnings": rehearsed["warnings"] - useful, "useful_rate": share(useful, rehearsed["warnings"])}  # fmt: skip
+
+
+def show_rehearsal(document: Row) -> None:
+    rows = [*document["handlers"], {**document["total"], "handler": "all", "lead_ms": None}] if len(document["handlers"]) > 1 else document["handlers"]
+    cells = [(row["handler"], str(row["tasks"]), *(f"{row['fired'][name]} → {row['rehearsed'][name]}" for name in ("warnings", "violations", "criticals")),
+              str(row["useful_warnings"]), str(row["false_warnings"]), format_duration(row["lead_ms"])) for row in rows]  # fmt: skip
+    show_table(("HANDLER", "TASKS", "WARNED", "VIOLATED", "CRITICAL", "USEFUL", "FALSE", "LEAD"), cells, "no task with an SLA has ended in this time")
+    if cells:
+        write_out("fired then → would be fired; useful: warnings of tasks that were then late, LEAD: how long before")
+
+
 # ---- settings
 
 
@@ -9367,6 +10303,9 @@ def show_changed_setting(app: App, name: str, change: Callable[[Tx], None], valu
 
     def put(tx: Tx) -> None:
         change(tx)
+        tx.settings.clear()
+        if name == "learn.adapt":
+            begin_adaptation(tx) if setting(tx, name) else end_adaptation(tx)
         if name.startswith(("consent.", "vault.")) and tx.value(GET_VAULT):
             record(tx, "setting.changed", name, {"value": None if value is None else str(value), "uid": os.geteuid()})
 

@@ -39,7 +39,8 @@ CREATE TABLE handlers (
   secrets        TEXT NOT NULL DEFAULT '[]' CONSTRAINT handler_secrets CHECK (json_valid(secrets)), -- [[variable, key, action], …]
   external       INTEGER NOT NULL DEFAULT 0 CONSTRAINT handler_external CHECK (external IN (0, 1)),
   paused         INTEGER NOT NULL DEFAULT 0 CONSTRAINT handler_paused CHECK (paused IN (0, 1)),
-  sla_ms         INTEGER CONSTRAINT handler_sla CHECK (sla_ms > 0),
+  sla_ms         INTEGER CONSTRAINT handler_sla CHECK (sla_ms > 0), -- as a person has set it
+  adapted_sla_ms INTEGER CONSTRAINT handler_adapted_sla CHECK (adapted_sla_ms > 0), -- what learn.adapt has made of it, in its place
   timeout_ms     INTEGER CONSTRAINT handler_timeout CHECK (timeout_ms > 0),
   kill_after_ms  INTEGER NOT NULL CONSTRAINT handler_kill_after CHECK (kill_after_ms > 0),
   max_attempts   INTEGER NOT NULL CONSTRAINT handler_attempts CHECK (max_attempts > 0),
@@ -271,6 +272,21 @@ CREATE TABLE htm_durations (
   bucket    INTEGER NOT NULL,                     -- the whole part of log(ms) / log(1.04); -1 for 0 ms
   n         INTEGER NOT NULL,
   PRIMARY KEY (level, starts_at, task_type, domain, imported, bucket)
+) STRICT;
+
+-- What is out of the ordinary about the outcomes of each hour, by kind of task and domain, imported runs included: reasons of failures, stated
+-- confidence, attempts other than one, and what time asleep and interruptions would make wrong in htm_durations. A plain success adds nothing.
+CREATE TABLE outcome_tallies (
+  starts_at INTEGER NOT NULL,                     -- the full hour (UTC) in which it ended
+  task_type TEXT NOT NULL,
+  domain    TEXT NOT NULL,
+  kind      TEXT NOT NULL CONSTRAINT tally_kind CHECK (kind = 'failure' OR kind = 'confidence' OR kind = 'attempts' OR kind = 'duration'),
+  word      TEXT NOT NULL,                        -- the reason; the tenth that the confidence lies in; how many attempts; the bucket
+  n         INTEGER NOT NULL,                     -- how many; of durations: to be added to the bucket, or with a minus taken away
+  succeeded INTEGER NOT NULL,                     -- of them
+  total     INTEGER NOT NULL,                     -- the sum of what is stated (millionths), of the attempts, of the durations (ms)
+  squared   INTEGER NOT NULL,                     -- the sum of the squared errors of stated confidence (millionths)
+  PRIMARY KEY (starts_at, task_type, domain, kind, word)
 ) STRICT;
 
 -- For how long the machine slept, or by how much its clock was set forward, as some worker noticed: no run is slower for that.
