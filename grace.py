@@ -5555,7 +5555,7 @@ def past_run(values: Any, domain: str, now: int) -> Row:
     run: Row = {"name": past_name("name", values["name"]), "domain": past_name("domain", values.get("domain", domain)),
                 "start": parse_moment("start", values["start"]), "end": parse_moment("end", values["end"])}  # fmt: skip
     if run["name"] in ("command", "rescue"):
-        raise ValueError(f"name: {run['name']!r} is a word of grace's own")
+        raise ValueError(f"name: {run['name']!r} is a kind of task of grace's own")
     if run["end"] < run["start"]:
         raise ValueError(f"ends ({format_instant(run['end'])}) before it starts ({format_instant(run['start'])})")
     if run["end"] > now:
@@ -10055,7 +10055,7 @@ def learn_outcomes(app: App, handler: str | None, domain: str | None, success: b
     if handler is not None and not rows:
         refuse_unknown_name(store, handler)
     documents = [outcome_document(row) for row in rows[:limit]]
-    cells = [(d["created_at"], d["handler"] or "-", d["domain"], "ok" if d["success"] else failure_word(d["context"]),
+    cells = [(d["created_at"], d["handler"] or "-", d["domain"], "ok" if d["success"] else printable(failure_word(d["context"])),
               format_duration(None if d["execution_time"] is None else 1000 * d["execution_time"]), printable(d["context"]["goal"]))
              for d in documents]  # fmt: skip
     app.show(documents, lambda: show_table(("ENDED", "HANDLER", "DOMAIN", "RESULT", "TOOK", "GOAL"), cells, "no outcomes"))
@@ -10095,8 +10095,9 @@ def learn_suggest(app: App, handler: str | None, rate: float | None, put: bool) 
 def show_suggestion(document: Row) -> None:
     name, rate = document["handler"], f"{document['percentile']:g} %"
     write_folded(f"{name} should have an SLA of {format_duration(document['sla_ms'])}, to be kept by {rate} of its runs.", 0)
+    more = ("the rest is for what these runs do not show" if document["margin"] >= 1 else "of late they were shorter, and the SLA follows them")
     write_folded(f"{rate} of {document['runs']} runs from {document['first_at'][:10]} to {document['last_at'][:10]} took at most "
-                 f"{format_duration(document['quantile_ms'])}; times {document['margin']:g} for what these runs do not show.", 2)  # fmt: skip
+                 f"{format_duration(document['quantile_ms'])}; {more} (times {document['margin']:g}).", 2)  # fmt: skip
     if document["applied"]:
         write_out("It has that SLA now.")
     elif document["is_handler"]:
@@ -10194,6 +10195,8 @@ def learn_import(app: App, file: str, domain: str, dry_run: bool) -> None:
 
         with contextlib.suppress(_OnlyTriedError):
             store.write(put)
+    if report["added"] > IMPORT_PIECE:
+        store.truncate_log()  # else each command to come reads all of it again
     document = {**basis_document(report), "dry_run": dry_run}
     app.show(document, lambda: show_imported(document))
 

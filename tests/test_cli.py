@@ -172,6 +172,7 @@ def test_every_command_is_in_the_readme() -> None:
 def test_json_of_every_command(place: Place, module: Any, inside: Callable[..., str]) -> None:
     """--json before or after the name: one document on stdout, nothing on stderr, snake_case keys and instants in one form."""
     ids = work_of_all_kinds(place)
+    (place.folder / "past.jsonl").write_text("".join(f'{{"name": "past", "start": {at}, "end": {at + 5}, "success": true}}\n' for at in range(100, 120)))
     calls: dict[str, list[list[str]]] = {
         "status": [[]], "violations": [[], ["--all"]], "intent list": [[]], "task list": [[]], "handler list": [[]], "config list": [[]], "events": [[]],
         "intent show": [[ids["done_intent"]]], "task show": [[ids["done"]]], "task explain": [[ids["done"]], [ids["blocked"]]], "task log": [[ids["done"]]],
@@ -182,7 +183,9 @@ def test_json_of_every_command(place: Place, module: Any, inside: Callable[..., 
         "task claim": [["--handler", "outside", "--worker", "w"]], "task heartbeat": [[ids["outside"], "--worker", "w"]],
         "task progress": [[ids["outside"], "1", "2", "--note", "half", "--worker", "w"]], "task complete": [[ids["outside"], "--worker", "w", "--result",
                                                                                                              '{"n": 1}']],
-        "intent cancel": [[ids["queued_intent"]]],
+        "intent cancel": [[ids["queued_intent"]]], "learn import": [["past.jsonl"]], "learn stats": [[], ["--handler", "past"]],
+        "learn outcomes": [[], ["--failed"]], "learn suggest-sla": [[], ["--handler", "past"]], "learn backtest": [[], ["--handler", "work"]],
+        "sla rehearse": [[], ["--sla", "1s"]],
     }  # fmt: skip
     elsewhere = {"run", "daemon", "demo", "task cancel", "task fail", "completion", "credential git", *VAULT_CALLS}
     names = {path for path in all_commands() if path not in module.GROUPS or module.COMMANDS[path].get("")}

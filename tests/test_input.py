@@ -180,10 +180,11 @@ def ground(place: Place, inside: Caller) -> dict[str, str]:
     for words in (["handler", "add", "work", "--sla", "1h", "--", "true"], ["handler", "add", "outside", "--external"],
                   ["handler", "add", "spare", "--", "true"]):  # fmt: skip
         assert inside(*words).status == 0
+    (place.folder / "past.jsonl").write_text('{"name": "past", "start": 100, "end": 120, "success": true}\n')
     made = json.loads(inside("submit-intent", "a first goal", "--handler", "work", "--json").out)
     assert inside("submit-intent", "for others", "--handler", "outside").status == 0
     return {"id": made["task_id"], "ids": made["intent_id"], "goal": "a goal", "name": "work", "worker": "w1", "handler": "work", "done": "1", "total": "2",
-            "error": "it broke", "cmd": "true", "operation": "get", "topic": "mine.own", "payload": "{}", "value": "1m",
+            "error": "it broke", "cmd": "true", "operation": "get", "topic": "mine.own", "payload": "{}", "value": "1m", "file": "past.jsonl",
             "intent": made["intent_id"]}  # fmt: skip
 
 
