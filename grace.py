@@ -5492,29 +5492,35 @@ def adaptation_due(reader: Reader, now: int) -> bool:
     return not last <= now < last + setting(reader, "learn.adapt_every")
 
 
-def wanted_adaptations(reader: Reader, now: int) -> list[Row]:
-    """For each handler whose SLA is to change: its row with new_ms, a reason, and the basis."""
-    rate, low, high = (ratio_setting(reader, f"learn.{name}") for name in ("rate", "adapt_low", "adapt_high"))
-    found = []
-    for handler in reader.all(HANDLERS_WITH_SLA):
-        basis = sla_suggestion(reader, handler["name"], rate, now)
-        before = sla_in_force(handler)
-        new = None if basis["sla_ms"] is None or before is None else adapted_sla(handler["sla_ms"], before, basis["sla_ms"], low, high)
-        if new is not None:
-            held = "" if new == basis["sla_ms"] else f"; held at {new / handler['sla_ms']:g} times the SLA of {format_duration(handler['sla_ms'])}"
-            found.append({**handler, "new_ms": new, "why": adapted_reason(basis, rate) + held, "basis": basis_facts(basis)})
-    return found
-
-
-def adapt(tx: Tx, wanted: list[Row]) -> int:
-    """Put the changes into force that still fit what is there, each with its event; how many."""
+def begin_adapting(tx: Tx) -> list[str]:
+    """The handlers to look at now, if nobody else has begun to meanwhile."""
+    if not adaptation_due(tx, tx.now):
+        return []
     tx.run(SET_ADAPTED_AT, at=tx.now)
-    done = 0
-    for change in wanted if setting(tx, "learn.adapt") else []:
-        if tx.run(ADAPT_SLA, name=change["name"], own_ms=change["sla_ms"], old_ms=sla_in_force(change), new_ms=change["new_ms"]):
-            tell_adapted(tx, change, change["new_ms"], change["why"], change["basis"])
-            done += 1
-    return done
+    return [row["name"] for row in tx.all(HANDLERS_WITH_SLA)]
+
+
+def wanted_adaptation(reader: Reader, name: str, now: int) -> Row | None:
+    """The handler's row with new_ms, the reason and the basis when its SLA is to change. It takes a while: not for a transaction."""
+    rate, low, high = (ratio_setting(reader, f"learn.{word}") for word in ("rate", "adapt_low", "adapt_high"))
+    handler, basis = reader.one(GET_HANDLER, name=name), sla_suggestion(reader, name, rate, now)
+    before = None if handler is None else sla_in_force(handler)
+    if handler is None or before is None or handler["sla_ms"] is None or basis["sla_ms"] is None:
+        return None
+    new = adapted_sla(handler["sla_ms"], before, basis["sla_ms"], low, high)
+    if new is None:
+        return None
+    held = "" if new == basis["sla_ms"] else f"; held at {new / handler['sla_ms']:g} times the SLA of {format_duration(handler['sla_ms'])}"
+    return {**handler, "new_ms": new, "why": adapted_reason(basis, rate) + held, "basis": basis_facts(basis)}
+
+
+def adapt(tx: Tx, change: Row) -> bool:
+    """Put a change into force if it still fits what is there, with its event."""
+    if not setting(tx, "learn.adapt") or not tx.run(ADAPT_SLA, name=change["name"], own_ms=change["sla_ms"], old_ms=sla_in_force(change),
+                                                    new_ms=change["new_ms"]):  # fmt: skip
+        return False
+    tell_adapted(tx, change, change["new_ms"], change["why"], change["basis"])
+    return True
 
 
 # ---- runs from elsewhere
@@ -7758,6 +7764,7 @@ class Daemon:
         self.idle = self.acted = False  # the last round found nothing to do; it did something
         self.last_clocks = clocks()
         self.beat_at = self.repair_at = self.check_at = 0.0
+        self.to_adapt: list[str] = []  # handlers whose SLAs are still to be compared with their runs
         self.waiting_mark: Row | None = None  # what was there when the tasks that wait for consent were last looked at
         self.consents_at = self.ask_at = 0.0  # when to look at them in any case; not to ask before
         self.asker = 0  # the process that asks for them
@@ -7875,7 +7882,11 @@ class Daemon:
             sweep_doors(self.store)
             shred_if_due(self.store)
             if not self.drain and self.stop_at is None and adaptation_due(self.store, clock()):
-                self._adapt()
+                self.to_adapt = self.store.write(begin_adapting)
+        while self.to_adapt:
+            self._adapt(self.to_adapt.pop())
+            if not self.once:  # one a round: each takes as long as some tasks do
+                break
         over = self.store.value(NEXT_CONSENT_END)
         if over is not None and over <= clock():
             self.store.overwrite_deleted()
@@ -7884,12 +7895,11 @@ class Daemon:
             self.beat_at = now + setting(self.store, "daemon.heartbeat_every") / 1000
             self._beat()
 
-    def _adapt(self) -> None:
-        """Let handlers' SLAs follow their runs: reckoned first, then put into force in one short transaction."""
-        wanted = self.store.read(lambda reader: wanted_adaptations(reader, clock()))
-        changed = self.store.write(lambda tx: adapt(tx, wanted))
-        if changed:
-            self.say("adapted", {"handlers": changed})
+    def _adapt(self, name: str) -> None:
+        """Let a handler's SLA follow its runs: reckoned first, then put into force in one short transaction."""
+        change = self.store.read(lambda reader: wanted_adaptation(reader, name, clock()))
+        if change and self.store.write(lambda tx: adapt(tx, change)):
+            self.say("adapted", {"handler": name, "sla_ms": change["new_ms"], "reason": change["why"]})
 
     def _beat(self) -> None:
         state = "stopping" if self.stop_at is not None else "draining" if self.drain else "running"
