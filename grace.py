@@ -1652,7 +1652,8 @@ SETTINGS: dict[str, tuple[str, int, str]] = {
     "learn.adapt_low": ("ratio", 5000, "How far down an SLA may follow: this part of the one that a person has set."),
     "learn.adapt_high": ("ratio", 20_000, "How far up it may follow: this multiple of the one that a person has set."),
 }
-RATIO_RANGES = {"learn.rate": (0.5, 0.999), "learn.adapt_low": (0.01, 1.0), "learn.adapt_high": (1.0, 100.0)}
+RATIO_PARTS = 10_000  # ratios are kept in ten-thousandths
+RATIO_RANGES = {"learn.rate": (0.5, 0.999), "learn.adapt_low": (0.01, 1.0), "learn.adapt_high": (1.0, 100.0)}  # others: 0 to 1
 SWITCH = ("off", "on")
 GET_SETTING = "SELECT value FROM settings WHERE name = :name"
 SET_SETTING = """INSERT INTO settings (name, value, updated_at) VALUES (:name, :value, :now)
@@ -1671,24 +1672,24 @@ def setting(reader: Reader, name: str) -> int:
 
 
 def ratio_setting(reader: Reader, name: str) -> float:
-    """Ratios are kept in ten-thousandths."""
-    return setting(reader, name) / 10_000
+    return setting(reader, name) / RATIO_PARTS
 
 
 def parse_setting(name: str, text: str) -> int:
     """The value of a setting as people write it; ValueError with an example when it is not of its type."""
-    if SETTINGS[name][0] == "duration":
+    kind = SETTINGS[name][0]
+    if kind == "duration":
         return parse_duration(text)
-    if SETTINGS[name][0] == "switch":
+    if kind == "switch":
         if text not in SWITCH:
             raise ValueError("write on or off")
         return SWITCH.index(text)
-    if SETTINGS[name][0] == "ratio":
-        least, most = RATIO_RANGES[name]
+    if kind == "ratio":
+        least, most = RATIO_RANGES.get(name, (0.0, 1.0))
         if not re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,4})?", text) or not least <= float(text) <= most:
-            raise ValueError(f"write a number from {least:g} to {most:g}, such as {SETTINGS[name][1] / 10_000:g}")
-        return round(float(text) * 10_000)
-    low, high = (64 << 20, 1 << 30) if SETTINGS[name][0] == "memory" else (1024, 1 << 40)
+            raise ValueError(f"write a ratio from {least:g} to {most:g}, such as {SETTINGS[name][1] / RATIO_PARTS:g}")
+        return round(float(text) * RATIO_PARTS)
+    low, high = (64 << 20, 1 << 30) if kind == "memory" else (1024, 1 << 40)
     if not re.fullmatch(r"[0-9]{1,13}", text) or not low <= int(text) <= high:
         raise ValueError(f"write a number of bytes between {low} and {high}, such as {max(low, 1 << 20)}")
     return int(text)
@@ -1708,9 +1709,10 @@ def setting_document(reader: Reader, name: str) -> Row:
 
 
 def shown_setting(kind: str, value: int) -> Any:
+    """A setting's value as people write it."""
     if kind == "duration":
         return format_duration(value)
-    return SWITCH[bool(value)] if kind == "switch" else value / 10_000 if kind == "ratio" else value
+    return SWITCH[bool(value)] if kind == "switch" else value / RATIO_PARTS if kind == "ratio" else value
 
 
 def set_setting(tx: Tx, name: str, value: int) -> None:
@@ -4893,7 +4895,7 @@ def tell_adapted(tx: Tx, handler: Row, new_ms: int | None, reason: str, basis: R
 
 def begin_adaptation(tx: Tx) -> None:
     """Let the next daemon that looks begin at once."""
-    tx.run("DELETE FROM counters WHERE name = 'adapted_at'")
+    unset_setting(tx, "_adapted_at")
 
 
 def end_adaptation(tx: Tx) -> None:
@@ -5478,9 +5480,6 @@ def adapted_reason(basis: Row, rate: float) -> str:
     return f"{basis['runs']} runs in {format_duration(basis['span_ms'])}, of which {100 * rate:g} % kept {format_duration(basis['quantile_ms'])}"
 
 
-ADAPTED_AT = "SELECT value FROM counters WHERE name = 'adapted_at'"
-SET_ADAPTED_AT = """INSERT INTO counters (name, value) VALUES ('adapted_at', :at)
-  ON CONFLICT (name) DO UPDATE SET value = excluded.value"""
 HANDLERS_WITH_SLA = "SELECT * FROM handlers WHERE sla_ms IS NOT NULL ORDER BY name"
 
 
@@ -5488,7 +5487,7 @@ def adaptation_due(reader: Reader, now: int) -> bool:
     """Whether handlers' SLAs are to be compared with their runs; a clock that was set back does not put it off."""
     if not setting(reader, "learn.adapt"):
         return False
-    last = int(reader.value(ADAPTED_AT) or 0)
+    last = int(reader.value(GET_SETTING, name="_adapted_at") or 0)
     return not last <= now < last + setting(reader, "learn.adapt_every")
 
 
@@ -5496,7 +5495,7 @@ def begin_adapting(tx: Tx) -> list[str]:
     """The handlers to look at now, if nobody else has begun to meanwhile."""
     if not adaptation_due(tx, tx.now):
         return []
-    tx.run(SET_ADAPTED_AT, at=tx.now)
+    set_setting(tx, "_adapted_at", tx.now)
     return [row["name"] for row in tx.all(HANDLERS_WITH_SLA)]
 
 
@@ -10193,8 +10192,12 @@ def learn_import(app: App, file: str, domain: str, dry_run: bool) -> None:
     store = app.store()
     report: Row = {}
     with tempfile.TemporaryFile(dir=os.path.dirname(store.path)) as spool:  # all lines are checked before anybody has to wait for the write lock
-        for run in shown_progress(past_runs(file, domain, clock()), "checking"):
-            spool.write(to_json(run).encode() + b"\n")
+        checked = shown_progress(past_runs(file, domain, clock()), "checking")
+        try:
+            spool.writelines(to_json(run).encode() + b"\n" for run in checked)
+            spool.flush()
+        except OSError as error:
+            raise DatabaseError(f"cannot keep what is to be imported beside the database: {error.strerror}; nothing was imported") from None
 
         def put(tx: Tx) -> None:
             spool.seek(0)
@@ -10268,7 +10271,7 @@ def show_rehearsal(document: Row) -> None:
               str(row["useful_warnings"]), str(row["false_warnings"]), format_duration(row["lead_ms"])) for row in rows]  # fmt: skip
     show_table(("HANDLER", "TASKS", "WARNED", "VIOLATED", "CRITICAL", "USEFUL", "FALSE", "LEAD"), cells, "no task with an SLA has ended in this time")
     if cells:
-        write_out("fired then → would be fired; useful: warnings of tasks that were then late, LEAD: how long before")
+        write_out("fired then → would be fired. useful: its task was then late; lead: how long before")
 
 
 # ---- settings

@@ -132,6 +132,27 @@ def test_files_that_cannot_be_read_and_empty_ones(place: Place) -> None:
     assert place.events("learning.*") == []
 
 
+def test_an_import_that_is_killed_leaves_nothing_and_others_only_wait(place: Place, module: Any) -> None:
+    """All or nothing also for a process that dies in its midst; a submission meanwhile takes its turn afterwards."""
+    place.handler("work", "--external")
+    now, size = now_of(module), 20_000
+    path = place.folder / "many.jsonl"
+    path.write_bytes(lines(*[run_of(now - number * 60, 30, f"h{number % 7}", goal=str(number)) for number in range(size)]))
+    log = Path(f"{place.db}-wal")
+    importing = place.start("learn", "import", str(path))
+    until(lambda: importing.poll() is not None or log.stat().st_size > 2_000_000, "the import to write")
+    importing.kill()
+    importing.wait(LIMIT)
+    assert place.sql("SELECT COUNT(*) FROM outcome_records") in ([[0]], [[size]])
+    importing = place.start("learn", "import", str(path))
+    submitted = [place.submit(f"goal {number}", "--handler", "work")[1] for number in range(5)]
+    assert importing.wait(LIMIT) == 0
+    assert place.sql("SELECT COUNT(*) FROM outcome_records") == [[size]]
+    assert place.sql("SELECT SUM(completed) FROM htm_metrics WHERE level = 'hour'") == [[size]]
+    assert {row["task_id"] for row in place.json("task", "list")} == set(submitted)
+    assert place.json("learn", "import", str(path), "--dry-run")["known"] == size
+
+
 def test_hostile_text_in_a_run_is_shown_escaped(place: Place) -> None:
     """A goal and a reason with quotes, newlines and colours reach a terminal harmlessly, and programs unchanged."""
     text = 'say "hi"\n\x1b[31mred'
