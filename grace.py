@@ -5427,38 +5427,6 @@ def auto_sla(runs: list[Run], rate: float, at: int) -> Row | None:
             "span_ms": runs[-1][0] - runs[0][0], "hour": at // HOUR % 24}  # fmt: skip
 
 
-def settle_auto(reader: Reader, specs: Iterable[Row], now: int) -> Iterator[Row]:
-    """Submissions with the SLAs that grace was asked to find itself, each reckoned once for a kind of work and an hour of the day.
-
-    ConflictError where there are too few runs; it names the line of a batch. Called before the transaction, for it takes a while."""
-    rate, known = ratio_setting(reader, "learn.rate"), dict[Any, Row]()
-    for spec in specs:
-        if spec.get("sla_ms") != "auto":
-            yield spec
-            continue
-        domain, at = spec.get("domain") or "general", max(now, spec.get("at") or 0)
-        name = None if spec.get("command") else spec.get("handler") or domain
-        key = name, (domain, spec["goal"]) if name is None else None, at // HOUR % 24
-        try:
-            known[key] = known.get(key) or auto_or_refuse(reader, name, domain, spec["goal"], rate, at)
-        except GraceError as error:
-            error.message = f"--batch: line {spec['line']}: {error.message}" if "line" in spec else error.message
-            raise
-        yield {**spec, "sla_ms": known[key]["sla_ms"], "sla_basis": known[key]}
-
-
-def auto_or_refuse(reader: Reader, name: str | None, domain: str, goal: str, rate: float, at: int) -> Row:
-    if name is not None:
-        find_handler(reader, name)
-    runs = runs_of_command(reader, domain, goal) if name is None else runs_of(reader, name)
-    basis = auto_sla(runs, rate, at)
-    if basis is None:
-        whose = f"of this goal in the domain {domain}" if name is None else f"of {name}"
-        raise ConflictError(f"no SLA can be found: there are {len(runs)} successful runs {whose}, and {MIN_RUNS} are needed",
-                            "name one until then, such as --sla 5m" + (", and keep the same --goal" if name is None else ""))  # fmt: skip
-    return basis
-
-
 def apply_suggestion(tx: Tx, basis: Row, rate: float) -> Row:
     """Make a suggested SLA the handler's own; its row."""
     handler = find_handler(tx, basis["handler"])
@@ -5913,6 +5881,41 @@ def submit(tx: Tx, specs: Iterable[Row]) -> list[Row]:
             tx.many(INSERT_DEPENDENCY, ({"task_id": task["task_id"], "intent_id": needed} for needed in task["needs"]))
     insert_pairs(tx, made)
     return done
+
+
+def settle_auto(reader: Reader, specs: Iterable[Row], now: int) -> Iterator[Row]:
+    """Submissions with the SLAs that grace was asked to find itself, each reckoned once for a kind of work and an hour of the day.
+
+    ConflictError where there are too few runs; it names the line of a batch. Called before the transaction, for it takes a while."""
+    rate, known = ratio_setting(reader, "learn.rate"), dict[Any, Row]()
+    for spec in specs:
+        if spec.get("sla_ms") != "auto":
+            yield spec
+            continue
+        if spec.get("key") and reader.one(INTENT_BY_KEY, key=spec["key"]):  # submitted before: nothing of this is looked at
+            yield {**spec, "sla_ms": None}
+            continue
+        domain, at = spec.get("domain") or "general", max(now, spec.get("at") or 0)
+        name = None if spec.get("command") else spec.get("handler") or domain
+        key = name, (domain, spec["goal"]) if name is None else None, at // HOUR % 24
+        try:
+            known[key] = known.get(key) or auto_or_refuse(reader, name, domain, spec["goal"], rate, at)
+        except GraceError as error:
+            error.message = f"--batch: line {spec['line']}: {error.message}" if "line" in spec else error.message
+            raise
+        yield {**spec, "sla_ms": known[key]["sla_ms"], "sla_basis": known[key]}
+
+
+def auto_or_refuse(reader: Reader, name: str | None, domain: str, goal: str, rate: float, at: int) -> Row:
+    if name is not None:
+        find_handler(reader, name)
+    runs = runs_of_command(reader, domain, goal) if name is None else runs_of(reader, name)
+    basis = auto_sla(runs, rate, at)
+    if basis is None:
+        whose = f"of this goal in the domain {domain}" if name is None else f"of {name}"
+        raise ConflictError(f"no SLA can be found: there are {len(runs)} successful runs {whose}, and {MIN_RUNS} are needed",
+                            "name one until then, such as --sla 5m" + (", and keep the same --goal" if name is None else ""))  # fmt: skip
+    return basis
 
 
 def duplicate_of(tx: Tx, key: str) -> Row | None:
@@ -9101,7 +9104,7 @@ def submit_command(app: App, goal: str | None, batch: str | None, wait: bool, wa
     store = app.store()
     if options["sla_ms"] == "auto":
         (settled,) = settle_auto(store, [spec_of(goal, options, clock())], clock())
-        options.update(sla_ms=settled["sla_ms"], sla_basis=settled["sla_basis"])
+        options.update(sla_ms=settled["sla_ms"], sla_basis=settled.get("sla_basis"))
     done = store.write(lambda tx: submit(tx, [spec_of(goal, options, tx.now)]))[0]
     if wait:
         return show_waited(app, store, [done["intent_id"]], wait_timeout, {"duplicate": done["duplicate"]})

@@ -371,6 +371,9 @@ def test_an_automatic_sla_is_a_number_with_its_basis(place: Place, module: Any) 
     refused = place.call("submit-intent", "--batch", "-", stdin=lines(batch[0], {"goal": "x", "handler": "fresh", "sla": "auto"}))
     assert refused.status == 4 and "line 2" in refused.err and place.sql("SELECT COUNT(*) FROM intent_records") == known
     assert place.call("submit-intent", "x", "--handler", "nobody", "--sla", "auto").status == 3
+    first = place.json("submit-intent", "x", "--handler", "fresh", "--key", "once")
+    again = place.json("submit-intent", "x", "--handler", "fresh", "--key", "once", "--sla", "auto")
+    assert again["duplicate"] and again["intent_id"] == first["intent_id"]
 
 
 def test_a_foreground_command_learns_from_its_own_runs(place: Place) -> None:
