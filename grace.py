@@ -828,7 +828,8 @@ def shown_git(words: list[str]) -> str:
 
 # =====================================================================================================================
 # prediction
-# How long the next run keeps to, from the runs before it. Durations are looked at as logarithms, so that ratios count:
+# How long the next run keeps to, from the runs before it. Durations are looked at as logarithms, so that ratios count (above what
+# the clock that took them can tell apart):
 # a few experts follow their level at different speeds, and each keeps the scores (distances from its level) of its last
 # runs, whose quantile it adds. Which of them answers, the pinball loss says; adaptive conformal inference holds the
 # coverage; hours of the day count as far as they explain more than chance would. A run is (ended_at, duration), in ms.
@@ -841,6 +842,7 @@ EXPERTS = ((0.0, MAX_RUNS, 1.0), (1 / 40, 300, 1.03), (1 / 6, 300, 1.06))  # lea
 LOSS_MEMORY = 300  # runs over which losses are compared
 SETTLED = 100  # runs after which the level of an expert without a least step rests: its scores then are the plain durations
 CONFORMAL_STEP = 0.0005
+FINE, COARSE = 10, 1000  # ms added before the logarithm is taken: shorter ones are all alike; the latter where a clock told whole seconds only
 SHIFT_SLACK, SHIFT_ALARM = 0.2, 2.5  # of the sums that notice a change of level, in ranks from -0.5 to 0.5
 HOUR_MEMORY = 0.995  # what an hour's past weighs at its next run
 HOUR_NOISE = 2.0  # how far beyond chance (an F ratio) the hours must differ
@@ -969,16 +971,26 @@ class Predictor:
 
     def __init__(self, rate: float):
         _check_rate(rate)
-        self.rate = self.aim = rate
-        self.runs = 0
+        self.rate = rate
+        self.grain = COARSE  # until a run shows better
+        self._kept: deque[Run] = deque(maxlen=MAX_RUNS)  # as started_at and ms, while that is so
+        self._begin()
+
+    def _begin(self) -> None:
+        self.aim, self.runs = self.rate, 0
         self._hours = _Hours()
         self._experts = [_Expert(*kind) for kind in EXPERTS]
         self._recent: deque[float] = deque(maxlen=64)
         self._sums, self._counts = [0.0, 0.0], [0, 0]  # of ranks above and below the middle, and of the runs in them
 
     def observe(self, started_at: int, ms: int) -> None:
-        """Learn from a run that has ended; less than a millisecond counts as one."""
-        log_ms = math.log(max(ms, 1))
+        """Learn from a run that has ended; a duration below 0 counts as 0."""
+        if self.grain == COARSE:
+            self._kept.append((started_at, ms))
+            if ms % COARSE:
+                self._look_closer()
+                return
+        log_ms = self.logarithm(ms)
         clear = log_ms - self._hours.factor(started_at)
         self._recent.append(clear)
         if self.runs:
@@ -988,17 +1000,32 @@ class Predictor:
         self._hours.learn(started_at, log_ms)
         self.runs += 1
 
+    def _look_closer(self) -> None:
+        """These are not whole seconds after all: learn anew from what was seen so far."""
+        self.grain = FINE
+        self._begin()
+        for started_at, ms in self._kept:
+            self.observe(started_at, ms)
+        self._kept.clear()
+
+    def logarithm(self, ms: float) -> float:
+        return math.log(max(ms, 0) + self.grain)
+
+    def duration(self, log_ms: float) -> float:
+        """The milliseconds of a logarithm, at least 0."""
+        return max(0.0, math.exp(min(log_ms, 40.0)) - self.grain)
+
     def quantile(self, at: int) -> int:
         """The milliseconds that a run beginning at `at` keeps with probability `rate`; 0 while nothing has been observed."""
-        return _whole_ms(self._log_quantile() + self._hours.factor(at)) if self.runs else 0
+        return _whole_ms(self.duration(self._log_quantile() + self._hours.factor(at))) if self.runs else 0
 
     def median(self, at: int) -> int:
         """The milliseconds that a run beginning at `at` takes as often as not; 0 while nothing has been observed."""
-        return _whole_ms(self._log_quantile(0.5) + self._hours.factor(at)) if self.runs else 0
+        return _whole_ms(self.duration(self._log_quantile(0.5) + self._hours.factor(at))) if self.runs else 0
 
-    def worst_log_quantile(self, rate: float) -> float:
-        """The logarithm of the milliseconds kept with probability `rate` in the worst hour of the day."""
-        return self._log_quantile(rate) + max(self._hours.factors)
+    def worst_quantile(self, rate: float) -> float:
+        """The milliseconds kept with probability `rate` in the worst hour of the day; 0 while nothing has been observed."""
+        return self.duration(self._log_quantile(rate) + max(self._hours.factors)) if self.runs else 0.0
 
     def _log_quantile(self, rate: float | None = None) -> float:
         """What the expert says that has lost least lately."""
@@ -1038,9 +1065,9 @@ class Predictor:
         return (bisect_left(ordered, score) + bisect_right(ordered, score)) / (2 * len(ordered)) - 0.5
 
 
-def _whole_ms(log_ms: float) -> int:
-    """The milliseconds of a logarithm, rounded up but for the noise of floating point; at most the longest duration there is."""
-    return min(MAX_DURATION, math.ceil(math.exp(min(log_ms, 40.0)) * (1 - 1e-12)))
+def _whole_ms(ms: float) -> int:
+    """Rounded up but for the noise of floating point; at least 1, since nothing is done in no time, and at most the longest duration there is."""
+    return min(MAX_DURATION, max(1, math.ceil(ms - 1e-9 - 1e-12 * ms)))
 
 
 def _latest(runs: Iterable[Run]) -> list[Run]:
@@ -1070,20 +1097,20 @@ def round_up(ms: float) -> int:
 
 
 def _last_day(said: list[tuple[int, float]]) -> float:
-    """The height that what was said over the last day (of so many instants and logarithms) seldom exceeded: nine times in ten."""
+    """The height that what was said over the last day (of so many instants, in ms) seldom exceeded: nine times in ten."""
     since = said[-1][0] - DAY
     day = sorted(value for at, value in said[bisect_left(said, (since, -math.inf)) :])
     return day[math.ceil(0.9 * len(day)) - 1]
 
 
-def _log_median(runs: list[Run]) -> float:
-    return math.log(max(1, plain_quantile((ms for _, ms in runs), 0.5)))
-
-
-def _drift(latest: list[Run], quarter: int) -> float:
+def _drift(latest: list[Run], quarter: int, logarithm: Callable[[float], float]) -> float:
     """By how much a quarter of the runs used to lie above the quarter before it, as logarithm, or 0; one change of level does not count."""
     places = range(quarter, len(latest) - quarter + 1, max(1, quarter // 4))
-    rises = sorted(_log_median(latest[at : at + quarter]) - _log_median(latest[at - quarter : at]) for at in places)
+
+    def middle(runs: list[Run]) -> float:
+        return logarithm(plain_quantile((ms for _, ms in runs), 0.5))
+
+    rises = sorted(middle(latest[at : at + quarter]) - middle(latest[at - quarter : at]) for at in places)
     return max(0.0, rises[len(rises) // 3]) if quarter >= MIN_RUNS else 0.0
 
 
@@ -1100,12 +1127,12 @@ def suggest_sla(runs: Iterable[Run], rate: float, now: int) -> Row | None:
     said: list[tuple[int, float]] = []
     for count, (end, ms) in enumerate(latest, 1):
         predictor.observe(end - ms, ms)
-        said.append((end, predictor.worst_log_quantile(cautious_rate(rate, count))))
+        said.append((end, predictor.worst_quantile(cautious_rate(rate, count))))
     plain = plain_quantile((ms for _, ms in latest), rate)
     quarter = len(latest) // 4
     recent = [ms for _, ms in latest[-max(MIN_RUNS, quarter) :]]
-    needed = max(_last_day(said), math.log(max(1, plain_quantile(recent, cautious_rate(rate, len(recent))))))
-    sla = round_up(math.exp(min(40.0, needed + _drift(latest, quarter))))
+    needed = max(_last_day(said), plain_quantile(recent, cautious_rate(rate, len(recent))))
+    sla = round_up(predictor.duration(predictor.logarithm(needed) + _drift(latest, quarter, predictor.logarithm)))
     first, last = latest[0][0], latest[-1][0]
     return {"sla_ms": sla, "runs": len(latest), "percentile": round(100 * rate, 6), "quantile_ms": plain, "margin": round(sla / max(plain, 1), 3),
             "span_ms": last - first, "first_at": first, "last_at": last}  # fmt: skip

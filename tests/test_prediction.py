@@ -403,6 +403,32 @@ def test_zeros_count_as_a_millisecond(module: Any) -> None:
     assert module.backtest(same_instant, 0.95) is None  # none had ended before another began
 
 
+def test_whole_seconds_are_no_reason_for_hours(module: Any) -> None:
+    """A clock of whole seconds says 0 for most runs and 23 s for a few: the loss stays near the fixed SLA's, and no prediction is beyond reason."""
+    chance, at, runs, predicted = random.Random(9), START, [], []
+    predictor = module.Predictor(0.95)
+    for _ in range(1500):
+        at += round(HOUR * chance.uniform(0.01, 1))
+        ms = 1000 * chance.choices((0, 1, 3, 23), (90, 7, 1, 2))[0]
+        runs.append((at + ms, ms))
+        predicted.append(predictor.quantile(at))
+        predictor.observe(at, ms)
+    assert max(predicted) < 120_000
+    result = module.backtest(runs, 0.95)
+    assert result["grace"]["pinball_loss"] < 1.25 * result["fixed"]["pinball_loss"] and result["grace"]["coverage"] > 0.93
+
+
+def test_a_finer_clock_is_noticed(module: Any) -> None:
+    """Durations that all happen to be whole seconds at first are learned anew at the first that is not."""
+    whole, fine = module.Predictor(0.95), module.Predictor(0.95)
+    for n in range(300):
+        ms = 0 if n < 5 else 40 + n % 9
+        whole.observe(START + n * HOUR, ms)
+        if n >= 5:
+            fine.observe(START + n * HOUR, ms)
+    assert 40 <= whole.quantile(START) <= 60 and abs(whole.quantile(START) - fine.quantile(START)) <= 10
+
+
 def test_a_clock_that_steps_back_is_endured(module: Any) -> None:
     """Ends before earlier ends, online and in lists; what seems to end after now counts as ending now."""
     predictor = module.Predictor(0.95)
