@@ -22,7 +22,7 @@ The file reads downwards; a section uses only those above it (`grep -n '^# ===' 
     doctor        what is wrong or weak on this machine
     queue         rows of handlers, tasks and attempts
     ladder        what is due, and the steps
-    statistics    what ended by the hour, histograms, percentiles
+    statistics    what ended by the hour, histograms, percentiles, counting anew
     learning      outcomes, past runs, SLAs that follow from them
     intents       rows, links to tasks
     lifecycle     submit, start, finish, cancel, retry, recover, repair: the functions that write across sections
@@ -230,6 +230,10 @@ def new_id(kind: str, now: int) -> str:
     else:
         _last_id[2] += 1
     return f"{kind}_{_last_id[1]}{_base32(_last_id[2])}"
+
+
+def counted(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def first_line(text: str) -> str:
@@ -1315,6 +1319,7 @@ class Tx(Reader):
 
 
 ROWS_AT_ONCE = 10
+STEPS_OF_LIFE = 20_000_000  # of SQLite's machine: about a second
 
 
 @functools.cache
@@ -1399,6 +1404,20 @@ class Store(Reader):
         """Tell those who wait for their turn that this process works on; a long transaction repeats it."""
         with contextlib.suppress(OSError):  # a full disk must not keep anybody from freeing room
             os.pwrite(self._ticket, f"{os.getpid()} {time.monotonic_ns()} {self.actor}".ljust(120)[:120].encode() + b"\n", 0)
+
+    @contextlib.contextmanager
+    def showing_life(self) -> Iterator[None]:
+        """Within it, long statements tell those who wait that they go on."""
+
+        def go_on() -> bool:
+            self.show_life()
+            return False  # do not stop
+
+        self.con.set_progress_handler(go_on, STEPS_OF_LIFE)
+        try:
+            yield
+        finally:
+            self.con.set_progress_handler(None)
 
     def write(self, fn: Callable[[Tx], Any], durable: bool = True, knock: bool = True) -> Any:
         """Run `fn` in one transaction and wake whoever waits. `fn` touches nothing but the database.
@@ -1678,6 +1697,23 @@ SETTINGS: dict[str, tuple[str, int, str]] = {
     "learn.adapt_every": ("duration", HOUR, "How often they look."),
     "learn.adapt_low": ("ratio", 5000, "How far down an SLA may follow: this part of the one that a person has set."),
     "learn.adapt_high": ("ratio", 20_000, "How far up it may follow: this multiple of the one that a person has set."),
+    "health.window": ("duration", HOUR, "The time that compliance, failures and recoveries are judged over, in whole hours."),
+    "health.least_ended": ("count", 10, "Compliance and failures are judged only when so many tasks have ended in the window."),
+    "health.no_daemon": ("duration", 5 * MINUTE, "Critical: work for a daemon has waited, and no daemon was there, for longer."),
+    "health.daemon_silent": ("duration", MINUTE, "Critical: a daemon lives but has said nothing for longer (at least three heartbeats)."),
+    "health.disk_free": ("bytes", 256 << 20, "Critical: less room is left on the disk of the database."),
+    "health.open_violations": ("count", 0, "Degraded: more open tasks are past their SLA."),
+    "health.sla_compliance": ("ratio", 9500, "Degraded: a smaller part of what ended in the window met its SLA."),
+    "health.failure_rate": ("ratio", 1000, "Degraded: a larger part of what ended in the window has failed."),
+    "health.recoveries": ("count", 0, "Degraded: more tasks were put back in the window because their worker was lost."),
+    "health.queue_age": ("duration", HOUR, "Warning: the oldest queued task has waited for longer."),
+    "health.queue_depth": ("count", 10_000, "Warning: more tasks are queued."),
+    "health.utilization": ("ratio", 9500, "Warning: as large a part of the slots is busy while tasks wait for longer than health.busy_wait."),
+    "health.busy_wait": ("duration", 10 * MINUTE, "How long tasks may wait for a slot before health.utilization matters."),
+    "health.wal_bytes": ("bytes", 256 << 20, "Warning: the write-ahead log beside the database is larger."),
+    "health.set_aside": ("count", 0, "Warning: more open tasks are set aside for impossible times."),
+    "health.paused_tasks": ("count", 0, "Warning: more tasks are queued for paused handlers."),
+    "health.waiting_consent": ("count", 0, "Warning: more tasks wait for consent."),
 }
 RATIO_PARTS = 10_000  # ratios are kept in ten-thousandths
 RATIO_RANGES = {"learn.rate": (0.5, 0.999), "learn.adapt_low": (0.01, 1.0), "learn.adapt_high": (1.0, 100.0)}  # others: 0 to 1
@@ -1716,6 +1752,10 @@ def parse_setting(name: str, text: str) -> int:
         if not re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,4})?", text) or not least <= float(text) <= most:
             raise ValueError(f"write a ratio from {least:g} to {most:g}, such as {SETTINGS[name][1] / RATIO_PARTS:g}")
         return round(float(text) * RATIO_PARTS)
+    if kind == "count":
+        if not re.fullmatch(r"[0-9]{1,9}", text):
+            raise ValueError("write a whole number from 0 to 999999999, such as 10")
+        return int(text)
     low, high = (64 << 20, 1 << 30) if kind == "memory" else (1024, 1 << 40)
     if not re.fullmatch(r"[0-9]{1,13}", text) or not low <= int(text) <= high:
         raise ValueError(f"write a number of bytes between {low} and {high}, such as {max(low, 1 << 20)}")
@@ -5135,7 +5175,8 @@ def spawn_rescue(tx: Tx, task: Row) -> str | None:
 # statistics
 # Figures that stay fast: what ended is added to its hour in the transaction that ended it, with a histogram of how long
 # it took. Hours that are over are summed up once, into days and over all kinds and domains, so that a month's percentiles
-# cost as little as a day's, however much has happened. `recount` makes all of it again from the tasks.
+# cost as little as a day's, however much has happened, and into one sum over all time, which programs that scrape it
+# every few seconds can afford to read. `recount` makes all of it again from the tasks.
 
 LOG_BUCKET = math.log(1.04)
 METRIC_SUMS = ("completed", "failed", "timed_out", "cancelled", "sla_met", "sla_missed", "retried", "runs", "queue_ms", "execution_ms",
@@ -5195,6 +5236,7 @@ def levels_of(hour: int, task_type: str, domain: str, imported: int, folded: int
         return
     day = hour - hour % DAY
     yield "day", day, task_type, domain, imported
+    yield "ever", 0, task_type, domain, imported
     if not imported:
         yield "hour_all", hour, "", "", 0
         yield "day_all", day, "", "", 0
@@ -5264,13 +5306,287 @@ def window_figures(reader: Reader, since: int) -> Row:
     bounds = window_bounds(reader, since)
     sums = reader.one(WINDOW_SUMS, **bounds) or {}
     durations = [(row["bucket"], row["n"]) for row in reader.all(WINDOW_DURATIONS, **bounds)]
-    runs, buffers = sums["runs"], sums["buffers"]
+    runs, buffers, failed = sums["runs"], sums["buffers"], sums["failed"] + sums["timed_out"]
     return {
         "avg_buffer_ms": sums["buffer_ms"] / buffers if buffers else None,
         **{f"avg_{name}_time_ms": sums[f"{name}_ms"] / runs if runs else None for name in ("queue", "execution", "total")},
         **{f"p{part}_execution_ms": percentile(durations, part / 100) for part in (50, 95, 99)},
-        "window_since_at": format_instant(bounds["since"]),
+        "window_since_at": format_instant(bounds["since"]), "window_completed": sums["completed"], "window_failed": failed,
+        "window_cancelled": sums["cancelled"], "window_sla_judged": sums["sla_met"] + sums["sla_missed"],
+        "window_sla_compliance_rate": part_of(sums["sla_met"], sums["sla_met"] + sums["sla_missed"]),
+        "window_success_rate": part_of(sums["completed"], sums["completed"] + failed),
     }  # fmt: skip
+
+
+def part_of(part: int, whole: int) -> float | None:
+    """A ratio, None of nothing."""
+    return part / whole if whole else None
+
+
+HOURLY_SUMS = f"""SELECT starts_at, domain, {', '.join(f'SUM({name}) AS {name}' for name in METRIC_SUMS)} FROM htm_metrics
+  WHERE level = 'hour' AND imported = 0 AND starts_at >= :since GROUP BY starts_at, domain ORDER BY starts_at, domain"""
+HOURLY_DURATIONS = """SELECT starts_at, domain, bucket, SUM(n) AS n FROM htm_durations
+  WHERE level = 'hour' AND imported = 0 AND starts_at >= :since GROUP BY starts_at, domain, bucket ORDER BY starts_at, domain, bucket"""
+
+
+def hourly_figures(reader: Reader, since: int) -> list[Row]:
+    """What ended in each full hour (UTC) from `since` on, by domain; hours in which nothing did are left out."""
+    histograms: dict[tuple[int, str], list[tuple[int, int]]] = {}
+    for row in reader.all(HOURLY_DURATIONS, since=since):
+        histograms.setdefault((row["starts_at"], row["domain"]), []).append((row["bucket"], row["n"]))
+    found = []
+    for row in reader.all(HOURLY_SUMS, since=since):
+        failed = row["failed"] + row["timed_out"]
+        found.append({
+            "starts_at": row["starts_at"], "domain": row["domain"], "total": row["completed"] + failed + row["cancelled"], "completed": row["completed"],
+            "failed": failed, "cancelled": row["cancelled"], "avg_execution_ms": part_of(row["execution_ms"], row["runs"]),
+            "p95_execution_ms": percentile(histograms.get((row["starts_at"], row["domain"]), []), 0.95),
+            "sla_compliance_rate": part_of(row["sla_met"], row["sla_met"] + row["sla_missed"]),
+            "success_rate": part_of(row["completed"], row["completed"] + failed)})  # fmt: skip
+    return [row for row in found if row["total"]]
+
+
+USUAL_RUNS, USUAL_DAYS = 10, 7  # fewer runs tell nothing of what is usual
+USUAL_DURATIONS = f"""SELECT bucket, SUM(n) AS n FROM htm_durations WHERE imported = 0 AND task_type = :kind
+  AND ((level = 'day' AND starts_at IN ({', '.join(f':day - {DAY * n}' for n in range(USUAL_DAYS + 1))})) OR (level = 'hour' AND starts_at >= :folded))
+  GROUP BY bucket ORDER BY bucket"""
+
+
+def usual_p95(reader: Reader, kind: str, now: int) -> float | None:
+    """The p95 (ms) of what a kind of task took in the last week; None below ten runs."""
+    folded = int(reader.value(FOLDED_UNTIL) or 0)
+    histogram = [(row["bucket"], row["n"]) for row in reader.all(USUAL_DURATIONS, kind=kind, day=now - now % DAY, folded=folded)]
+    return percentile(histogram, 0.95) if sum(n for _, n in histogram) >= USUAL_RUNS else None
+
+
+LONG_HOURS = """SELECT starts_at FROM htm_durations WHERE bucket >= :bucket AND ((level = 'hour_all' AND starts_at >= :since AND starts_at < :folded)
+  OR (level = 'hour' AND imported = 0 AND starts_at >= :folded)) GROUP BY starts_at ORDER BY MAX(bucket) DESC"""
+LONG_KINDS = """SELECT task_type FROM htm_durations WHERE level = 'hour' AND starts_at = :hour AND imported = 0 AND bucket >= :bucket
+  AND task_type <> 'rescue' GROUP BY task_type"""
+SLOWEST_OF = f"""SELECT t.* FROM outcome_records o CROSS JOIN htm_tasks t -- CROSS so that the few long outcomes come first
+  WHERE t.task_id = o.task_id AND o.handler = :kind AND o.created_at >= :hour AND o.created_at < :hour + {HOUR} AND o.success = 1
+    AND o.execution_time >= :seconds ORDER BY o.execution_time DESC LIMIT :n"""
+SLOWEST_COMMANDS = SLOWEST_OF.replace("o.handler = :kind", "o.handler IS NULL AND CAST(:kind AS TEXT) = 'command'")
+
+
+def slowest_tasks(reader: Reader, since: int, n: int) -> list[Row]:
+    """The completed tasks that took longest since the full hour of `since`, longest first.
+
+    No index holds tasks by what they took. The histograms tell how long the n-th longest was, in which hours and of which kinds there were
+    such runs, and only the outcomes of those kinds in those hours are read."""
+    bounds = window_bounds(reader, since)
+    histogram = [(row["bucket"], row["n"]) for row in reader.all(WINDOW_DURATIONS, **bounds)][::-1]
+    total, found = sum(count for _, count in histogram), []
+    for wanted in (n, 10 * n, 100 * n):  # there may be fewer than counted: rescues are left out, and rows may have been deleted
+        found = longer_tasks(reader, bounds, bucket_of_rank(histogram, wanted), n) if total else []
+        if len(found) >= n or wanted >= total:
+            break
+    return found
+
+
+def bucket_of_rank(histogram: list[tuple[int, int]], rank: int) -> int:
+    """The bucket of the rank-th entry of a histogram, the last one when there are fewer."""
+    for bucket, count in histogram:
+        rank -= count
+        if rank <= 0:
+            return bucket
+    return histogram[-1][0]
+
+
+def longer_tasks(reader: Reader, bounds: dict[str, int], bucket: int, n: int) -> list[Row]:
+    found: list[Row] = []
+    least = math.floor(math.exp(bucket * LOG_BUCKET)) if bucket >= 0 else 0
+    for hour in reader.all(LONG_HOURS, bucket=bucket, since=bounds["since"], folded=bounds["folded"]):
+        for kind in reader.all(LONG_KINDS, bucket=bucket, hour=hour["starts_at"]):
+            sql = SLOWEST_COMMANDS if kind["task_type"] == "command" else SLOWEST_OF
+            found += reader.all(sql, kind=kind["task_type"], hour=hour["starts_at"], seconds=least / 1000, n=n)
+    return sorted(found, key=lambda row: (-row["execution_time_ms"], row["seq"]))[:n]
+
+
+EVER_SUMS = f"""SELECT task_type, domain, {', '.join(f'SUM({name}) AS {name}' for name in METRIC_SUMS)} FROM htm_metrics
+  WHERE imported = 0 AND (level = 'ever' OR (level = 'hour' AND starts_at >= :folded)) GROUP BY task_type, domain ORDER BY task_type, domain"""
+EVER_DURATIONS = """SELECT task_type, bucket, SUM(n) AS n FROM htm_durations
+  WHERE imported = 0 AND (level = 'ever' OR (level = 'hour' AND starts_at >= :folded)) GROUP BY task_type, bucket ORDER BY task_type, bucket"""
+
+
+def ever_figures(reader: Reader) -> tuple[list[Row], dict[str, list[tuple[int, int]]]]:
+    """Of all time: the sums by kind and domain, and the histogram of each kind. They only ever grow, whatever retention takes away."""
+    folded = int(reader.value(FOLDED_UNTIL) or 0)
+    histograms: dict[str, list[tuple[int, int]]] = {}
+    for row in reader.all(EVER_DURATIONS, folded=folded):
+        histograms.setdefault(row["task_type"], []).append((row["bucket"], row["n"]))
+    return reader.all(EVER_SUMS, folded=folded), histograms
+
+
+TOTALS = "SELECT name, value FROM counters"
+STATUS_TOTALS = "SELECT status, n FROM status_totals"
+DEPTHS = "SELECT priority, n FROM queue_depths"
+OPEN_VIOLATIONS = """SELECT COALESCE(SUM(n), 0) AS n FROM task_counts
+  WHERE level >= 2 AND status IN ('queued', 'blocked', 'assigned', 'running')"""
+OLDEST_QUEUED = "SELECT MIN(queued_at) AS at FROM htm_tasks WHERE status = 'queued' AND available_at IS NULL"
+
+
+def queue_counters(reader: Reader, now: int, window: int = DAY) -> Row:
+    """The dashboard's counters, all of them kept as they change; averages and percentiles are those of the window."""
+    totals = {row["name"]: row["value"] for row in reader.all(TOTALS)}
+    status = {row["status"]: row["n"] for row in reader.all(STATUS_TOTALS)}
+    met, missed = totals.get("sla_met", 0), totals.get("sla_missed", 0)
+    oldest = reader.value(OLDEST_QUEUED)
+    return {
+        "total_tasks": sum(status.values()), "active_tasks": status.get("assigned", 0) + status.get("running", 0),
+        "queued_tasks": status.get("queued", 0), "blocked_tasks": status.get("blocked", 0), "completed_tasks": status.get("completed", 0),
+        "failed_tasks": status.get("failed", 0) + status.get("timeout", 0), "cancelled_tasks": status.get("cancelled", 0),
+        "sla_compliance_rate": met / (met + missed) if met + missed else None, "active_violations": reader.value(OPEN_VIOLATIONS),
+        "total_violations": totals.get("escalations_triggered", 0),
+        **window_figures(reader, now - window),
+        "queue_depths": {**dict.fromkeys(PRIORITIES, 0), **{row["priority"]: row["n"] for row in reader.all(DEPTHS)}},
+        "longest_queued_ms": None if oldest is None else max(0, now - oldest),
+        **{name: totals.get(name, 0) for name in ("warnings_issued", "escalations_triggered", "sub_agents_spawned",
+                                                  "queue_reprioritizations", "tasks_rescued", "tasks_recovered")},
+    }  # fmt: skip
+
+
+TALLY_TASKS = """SELECT COALESCE(handler, '') AS handler, status, priority, escalation_level AS level, COUNT(*) AS n FROM htm_tasks"""
+TALLIED_BY = "GROUP BY COALESCE(handler, ''), status, priority, escalation_level"
+RECOUNT_OPEN = f"INSERT INTO task_counts (handler, status, priority, level, n) {TALLY_TASKS} WHERE finished_at IS NULL {TALLIED_BY}"
+RECOUNT_ALL = f"INSERT INTO task_counts (handler, status, priority, level, n) {TALLY_TASKS} {TALLIED_BY}"
+RECOUNT_HOURS = f"""INSERT INTO htm_metrics (level, starts_at, task_type, domain, imported, {', '.join(METRIC_SUMS)})
+  SELECT 'hour', finished_at - finished_at % {HOUR}, task_type, domain, 0, COUNT(*) FILTER (WHERE status = 'completed'),
+    COUNT(*) FILTER (WHERE status = 'failed'), COUNT(*) FILTER (WHERE status = 'timeout'), COUNT(*) FILTER (WHERE status = 'cancelled'),
+    COUNT(*) FILTER (WHERE sla_met = 1), COUNT(*) FILTER (WHERE sla_met = 0), COUNT(*) FILTER (WHERE attempt_number > 1),
+    COUNT(execution_time_ms) FILTER (WHERE status = 'completed'),
+    COALESCE(SUM(queue_time_ms) FILTER (WHERE status = 'completed' AND execution_time_ms IS NOT NULL), 0),
+    COALESCE(SUM(execution_time_ms) FILTER (WHERE status = 'completed'), 0),
+    COALESCE(SUM(total_time_ms) FILTER (WHERE status = 'completed' AND execution_time_ms IS NOT NULL), 0),
+    COUNT(sla_buffer_ms) FILTER (WHERE status = 'completed'), COALESCE(SUM(sla_buffer_ms) FILTER (WHERE status = 'completed'), 0)
+  FROM htm_tasks WHERE finished_at IS NOT NULL GROUP BY finished_at - finished_at % {HOUR}, task_type, domain"""
+RECOUNT_IMPORTED = f"""INSERT INTO htm_metrics (level, starts_at, task_type, domain, imported, {', '.join(METRIC_SUMS)})
+  SELECT 'hour', created_at - created_at % {HOUR}, COALESCE(handler, ''), domain, 1, COUNT(*) FILTER (WHERE success = 1), COUNT(*) FILTER (WHERE success = 0),
+    0, 0, 0, 0, COUNT(*) FILTER (WHERE CAST(json(context) -> 'metrics' ->> 'attempt_number' AS INTEGER) > 1),
+    COUNT(execution_time) FILTER (WHERE success = 1), 0,
+    COALESCE(SUM(CAST(ROUND(execution_time * 1000) AS INTEGER)) FILTER (WHERE success = 1), 0),
+    COALESCE(SUM(CAST(ROUND(execution_time * 1000) AS INTEGER)) FILTER (WHERE success = 1), 0), 0, 0
+  FROM outcome_records WHERE imported = 1 GROUP BY created_at - created_at % {HOUR}, COALESCE(handler, ''), domain"""
+RECOUNT_DURATIONS = f"""INSERT INTO htm_durations (level, starts_at, task_type, domain, imported, bucket, n)
+  SELECT 'hour', finished_at - finished_at % {HOUR}, task_type, domain, 0, duration_bucket(execution_time_ms), COUNT(*) FROM htm_tasks
+  WHERE status = 'completed' AND execution_time_ms IS NOT NULL
+  GROUP BY finished_at - finished_at % {HOUR}, task_type, domain, duration_bucket(execution_time_ms)
+  UNION ALL SELECT 'hour', created_at - created_at % {HOUR}, COALESCE(handler, ''), domain, 1,
+    duration_bucket(CAST(ROUND(execution_time * 1000) AS INTEGER)), COUNT(*)
+  FROM outcome_records WHERE imported = 1 AND success = 1 AND execution_time IS NOT NULL
+  GROUP BY created_at - created_at % {HOUR}, COALESCE(handler, ''), domain, duration_bucket(CAST(ROUND(execution_time * 1000) AS INTEGER))"""
+RECOUNT_TOTALS = """SELECT COUNT(*) FILTER (WHERE finished_at IS NOT NULL AND sla_met = 1) AS sla_met,
+    COUNT(*) FILTER (WHERE finished_at IS NOT NULL AND sla_met = 0) AS sla_missed, COUNT(*) FILTER (WHERE escalation_level >= 1) AS warnings_issued,
+    COUNT(*) FILTER (WHERE escalation_level >= 2) AS escalations_triggered, COUNT(*) FILTER (WHERE escalation_level >= 3) AS criticals_reached,
+    COUNT(*) FILTER (WHERE task_type = 'rescue') AS sub_agents_spawned, COALESCE(SUM(recoveries), 0) AS tasks_recovered,
+    COUNT(*) FILTER (WHERE status = 'completed' AND escalation_level >= 3 AND EXISTS (SELECT 1 FROM htm_tasks r
+      WHERE r.parent_task_id = t.task_id AND r.task_type = 'rescue')) AS tasks_rescued
+  FROM htm_tasks t"""
+GAPS_IN_TASKS = "SELECT COUNT(*) < COALESCE(MAX(seq), 0) AS gaps FROM htm_tasks"
+GAPS_IN_OUTCOMES = "SELECT COUNT(*) < COALESCE(MAX(seq), 0) AS gaps FROM outcome_records"
+COUNTED = ("task_counts", "htm_metrics", "htm_durations", "counters")
+KIND_OF_ROW = ("level", "starts_at", "task_type", "domain", "imported")
+ROWS_COUNTED = {"task_counts": (("handler", "status", "priority", "level"), ("n",)), "htm_metrics": (KIND_OF_ROW, METRIC_SUMS),
+                "htm_durations": ((*KIND_OF_ROW, "bucket"), ("n",))}  # fmt: skip
+ENDED = "completed + failed + timed_out + cancelled"
+KEEP_HOURS = f"""SELECT o.starts_at, o.task_type, o.domain, o.imported FROM old_htm_metrics o LEFT JOIN htm_metrics m ON m.level = 'hour'
+    AND m.starts_at = o.starts_at AND m.task_type = o.task_type AND m.domain = o.domain AND m.imported = o.imported
+  WHERE o.level = 'hour' AND ((o.imported = 0 AND :tasks = 1) OR (o.imported = 1 AND :outcomes = 1))
+    AND {' + '.join(f'o.{name}' for name in ENDED.split(' + '))} > COALESCE({' + '.join(f'm.{name}' for name in ENDED.split(' + '))}, 0)"""
+SAME_HOUR = "level = 'hour' AND starts_at = :starts_at AND task_type = :task_type AND domain = :domain AND imported = :imported"
+KEEP_ENDED = """INSERT INTO task_counts (handler, status, priority, level, n) SELECT handler, status, priority, level, n FROM old_task_counts
+  WHERE status IN ('completed', 'failed', 'timeout', 'cancelled')
+  ON CONFLICT (handler, status, priority, level) DO UPDATE SET n = excluded.n WHERE excluded.n > task_counts.n"""
+SET_TOTAL = """INSERT INTO counters (name, value) VALUES (:name, :value)
+  ON CONFLICT (name) DO UPDATE SET value = excluded.value WHERE :gaps = 0 OR excluded.value > counters.value"""
+DAY_OF = f"starts_at - starts_at % {DAY}"
+COARSER = {  # what the hours are summed up into: its start, its kind, and what tells its rows from each other
+    "day": (DAY_OF, "task_type, domain, imported", f"{DAY_OF}, task_type, domain, imported"),
+    "ever": ("0", "task_type, domain, imported", "task_type, domain, imported"),
+    "hour_all": ("starts_at", "'', '', imported", "starts_at, imported"),
+    "day_all": (DAY_OF, "'', '', imported", f"{DAY_OF}, imported"),
+}
+
+
+def recount_open(tx: Tx) -> None:
+    """Count the open tasks anew."""
+    tx.run("DELETE FROM task_counts WHERE status IN ('queued', 'blocked', 'assigned', 'running')")
+    tx.run(RECOUNT_OPEN)
+
+
+def recount(tx: Tx) -> Row:
+    """Make counts, rollups and totals again from the tasks and imported outcomes; what differed, with the figures before and after.
+
+    Where rows have been deleted, what they were counted in is only ever raised: it cannot be told from what is wrong."""
+    gaps = {"tasks": int(tx.value(GAPS_IN_TASKS)), "outcomes": int(tx.value(GAPS_IN_OUTCOMES))}
+    for table in COUNTED:
+        tx.run(f"CREATE TEMPORARY TABLE old_{table} AS SELECT * FROM {table}")
+    before = counted_figures(tx)
+    tx.run("DELETE FROM task_counts")
+    tx.run(RECOUNT_ALL)
+    recount_rollups(tx, gaps)
+    if gaps["tasks"]:
+        tx.run(KEEP_ENDED)
+    for name, value in (tx.one(RECOUNT_TOTALS) or {}).items():
+        tx.run(SET_TOTAL, name=name, value=value, gaps=gaps["tasks"])
+    after = counted_figures(tx)
+    rows = {table: different_rows(tx, table) for table in ROWS_COUNTED}
+    for table in COUNTED:
+        tx.run(f"DROP TABLE old_{table}")
+    return {"tasks": sum(value for name, value in after.items() if name.startswith("tasks ")), "only_raised": any(gaps.values()), "rows_changed": rows,
+            "differences": [{"figure": name, "before": before.get(name, 0), "after": after.get(name, 0)}
+                            for name in sorted({*before, *after}) if before.get(name, 0) != after.get(name, 0)]}  # fmt: skip
+
+
+def recount_rollups(tx: Tx, gaps: dict[str, int]) -> None:
+    """The hours from the rows, then the coarser levels from the hours that are over."""
+    tx.run("DELETE FROM htm_metrics")
+    tx.run("DELETE FROM htm_durations")
+    tx.run(RECOUNT_HOURS)
+    tx.run(RECOUNT_IMPORTED)
+    try:
+        tx.con.create_scalar_function("duration_bucket", bucket_in_sql, 1, deterministic=True)
+        tx.run(RECOUNT_DURATIONS)
+    finally:
+        tx.con.create_scalar_function("duration_bucket", None)
+    if any(gaps.values()):
+        for hour in tx.all(KEEP_HOURS, **gaps):
+            for table in ("htm_metrics", "htm_durations"):
+                tx.run(f"DELETE FROM {table} WHERE {SAME_HOUR}", **hour)
+                tx.run(f"INSERT INTO {table} SELECT * FROM old_{table} WHERE {SAME_HOUR}", **hour)
+    folded = int(tx.value(FOLDED_UNTIL) or 0)
+    for level, (start, kind, rows) in COARSER.items():
+        which = " AND imported = 0" if level.endswith("_all") else ""
+        for table, key, sums in (("htm_metrics", "", METRIC_SUMS), ("htm_durations", ", bucket", ("n",))):
+            tx.run(f"""INSERT INTO {table} (level, starts_at, task_type, domain, imported{key}, {', '.join(sums)})
+              SELECT '{level}', {start}, {kind}{key}, {', '.join(f'SUM({name})' for name in sums)} FROM {table}
+              WHERE level = 'hour' AND starts_at < :folded{which} GROUP BY {rows}{key}""", folded=folded)  # fmt: skip
+
+
+def bucket_in_sql(*values: Any) -> int:
+    return bucket_of(values[0])
+
+
+def counted_figures(reader: Reader) -> dict[str, int]:
+    """All that is counted, in figures that a person can compare: tasks by status and priority, totals by name, sums of each level of the rollups."""
+    figures = {f"tasks {row['status']} {row['priority']} level {row['level']}": row["n"] for row in reader.all(
+        "SELECT status, priority, level, SUM(n) AS n FROM task_counts GROUP BY status, priority, level")}  # fmt: skip
+    figures.update((f"total {row['name']}", row["value"]) for row in reader.all(TOTALS) if row["name"] != "metrics_folded_until")
+    for row in reader.all(f"SELECT level, imported, {', '.join(f'SUM({name}) AS {name}' for name in METRIC_SUMS)} FROM htm_metrics GROUP BY level, imported"):
+        figures.update((f"rollup {row['level']}{' imported' if row['imported'] else ''} {name}", row[name]) for name in METRIC_SUMS)
+    for row in reader.all("SELECT level, imported, SUM(n) AS n FROM htm_durations GROUP BY level, imported"):
+        figures[f"histogram {row['level']}{' imported' if row['imported'] else ''} runs"] = row["n"]
+    return figures
+
+
+def different_rows(reader: Reader, table: str) -> int:
+    """How many rows of a table are not as they were: gone, new or changed."""
+    key, values = ROWS_COUNTED[table]
+    which = " WHERE n <> 0" if values == ("n",) else ""
+    both, same = " AND ".join(f"t.{name} = o.{name}" for name in key), " AND ".join(f"t.{name} = o.{name}" for name in values)
+    row = reader.one(f"""SELECT (SELECT COUNT(*) FROM {table}{which}) + (SELECT COUNT(*) FROM old_{table}{which}) - COUNT(*)
+      - COUNT(*) FILTER (WHERE {same}) AS n FROM (SELECT * FROM old_{table}{which}) o CROSS JOIN {table} t WHERE {both}{' AND t.n <> 0' if which else ''}""")
+    return int(row["n"]) if row else 0
 
 
 # =====================================================================================================================
@@ -6430,9 +6746,6 @@ RECREATE_INTENT = """INSERT INTO intent_records (intent_id, htm_task_id, goal, e
     :confidence, :risk_level, :context, :result, :created_at, :created_at, :finished_at, :execution_ms, :created_by, :learned)"""
 DISPATCH_ORPHAN = "UPDATE intent_records SET status = 'dispatched', htm_task_id = :task_id, dispatched_at = :now WHERE intent_id = :intent_id"
 ABANDON_INTENT = """UPDATE intent_records SET status = 'cancelled', completed_at = :now, success = 0 WHERE intent_id = :intent_id"""
-RECOUNT_OPEN = """INSERT INTO task_counts (handler, status, priority, level, n)
-  SELECT COALESCE(handler, ''), status, priority, escalation_level, COUNT(*) FROM htm_tasks WHERE finished_at IS NULL
-  GROUP BY COALESCE(handler, ''), status, priority, escalation_level"""
 NOT_LEARNED = """SELECT t.* FROM intent_records i JOIN htm_tasks t ON t.task_id = i.htm_task_id
   WHERE i.learned_from = 0 AND i.completed_at IS NOT NULL AND t.finished_at IS NOT NULL ORDER BY i.seq LIMIT 200"""
 
@@ -6441,8 +6754,7 @@ def repair(tx: Tx) -> int:
     """Mend the links between intents and tasks that somebody has broken; the number mended, each with an event."""
     suspects = tx.all(SUSPECTS)
     if suspects:  # somebody has written by hand
-        tx.run("DELETE FROM task_counts WHERE status IN ('queued', 'blocked', 'assigned', 'running')")
-        tx.run(RECOUNT_OPEN)
+        recount_open(tx)
     mended = sum(mend(tx, suspect) for suspect in suspects)
     for task in tx.all(NOT_LEARNED):
         if not tx.one(OUTCOME_OF, id=task["task_id"]):
@@ -7468,6 +7780,7 @@ BEAT = "UPDATE workers SET heartbeat_at = :now, state = :state, slots = :slots W
 STOP_WORKER = "UPDATE workers SET state = 'stopped', stopped_at = :now WHERE worker_id = :worker AND stopped_at IS NULL"
 OTHER_WORKERS = "SELECT * FROM workers WHERE stopped_at IS NULL AND worker_id <> :worker"
 GET_WORKER = "SELECT * FROM workers WHERE worker_id = :worker"
+LIVE_WORKERS = "SELECT * FROM workers WHERE stopped_at IS NULL ORDER BY started_at"
 TAKEN_AWAY = """SELECT a.attempt_id, a.stop_requested, t.status FROM htm_task_attempts a LEFT JOIN htm_tasks t ON t.task_id = a.task_id
   WHERE a.worker_id = :worker AND a.finished_at IS NULL
     AND (a.stop_requested IS NOT NULL OR t.attempt_id IS NULL OR t.attempt_id <> a.attempt_id)"""
@@ -7593,6 +7906,59 @@ class Burial:
         if tx.run(STOP_WORKER, worker=self.worker["worker_id"], now=tx.now):
             emit(tx, "daemon.stopped", self.worker["worker_id"], {"worker_id": self.worker["worker_id"], "kind": self.worker["kind"],
                                                                   "reason": "died", "pid": self.worker["pid"]})  # fmt: skip
+
+
+def worker_figures(store: Store) -> tuple[list[Row], Row]:
+    """The workers that have not stopped, each with `alive`; and what the dashboard says of them."""
+    workers = [{**row, "alive": is_alive(row)} for row in store.all(LIVE_WORKERS)]
+    daemons = [row for row in workers if row["kind"] == "daemon" and row["alive"]]
+    slots = sum(row["slots"] for row in daemons)
+    busy = sum(len(store.all(OPEN_ATTEMPTS, worker=row["worker_id"])) for row in daemons)
+    return workers, {"active_workers": sum(row["alive"] for row in workers), "worker_slots": slots, "busy_slots": busy,
+                     "worker_utilization": round(busy / slots, 4) if slots else None}  # fmt: skip
+
+
+def statistics_of(store: Store, window: int) -> Row:
+    """All counters of the dashboard, the workers' among them; averages and percentiles are those of the window."""
+    now = clock()
+    counters: Row = store.read(lambda reader: queue_counters(reader, now, window))
+    return {**counters, **worker_figures(store)[1], "window_ms": window, "last_updated_at": format_instant(now)}
+
+
+STATS_MARK = "_stats_mark"  # of the last event: when it was written, and the checksum of its figures
+
+
+def tell_statistics(store: Store, every: int) -> bool:
+    """Write the event htm.sla.stats when some figure has changed since the last one; False when that one is too young.
+
+    All daemons on the file go by one mark, so that together they write one in each interval."""
+    figures = {name: value for name, value in statistics_of(store, DAY).items() if not name.endswith("_at")}
+    import zlib
+
+    checksum = str(zlib.crc32(to_json({**figures, "longest_queued_ms": None}).encode()))  # which grows by itself
+
+    def tell(tx: Tx) -> bool:
+        if not (due := stats_due(tx, tx.now, every, checksum)):
+            return due is None
+        emit(tx, "htm.sla.stats", None, {**figures, "message": statistics_line(figures)})
+        tx.run(SET_SETTING, name=STATS_MARK, value=f"{tx.now} {checksum}", now=tx.now)
+        return True
+
+    due = stats_due(store, clock(), every, checksum)
+    return due is None or (due and bool(store.write(tell, durable=False)))
+
+
+def stats_due(reader: Reader, now: int, every: int, checksum: str) -> bool | None:
+    """Whether an event is due; None when nothing has changed. A tenth of the interval is forgiven, since daemons do not keep time with each other."""
+    at, told = (reader.value(GET_SETTING, name=STATS_MARK) or f"{now - every} -").split()
+    return None if told == checksum else not 0 <= now - int(at) < every * 9 // 10
+
+
+def statistics_line(figures: Row) -> str:
+    """The figures in one line for people."""
+    rate = figures["sla_compliance_rate"]
+    return (f"{figures['active_tasks']} running, {figures['queued_tasks']} queued, {counted(figures['active_violations'], 'open task')} past the SLA, "
+            f"{'no SLA judged yet' if rate is None else f'{100 * rate:.1f} % of SLAs met'}, p95 {format_duration(figures['p95_execution_ms'])}")  # fmt: skip
 
 
 def find_dead(store: Store, own: str = "", kind: str | None = None) -> list[Burial]:
@@ -7771,7 +8137,8 @@ def ask_for_tasks(store: Store, only: Iterable[str], login: str) -> int:
 class Daemon:
     """The supervisor of the queue: run() goes on until it is told to stop, or with `once` until nothing is runnable."""
 
-    def __init__(self, store: Store, slots: int, only: list[str], grace_ms: int, once: bool, drain: bool, say: Callable[[str, Row], None]):
+    def __init__(self, store: Store, slots: int, only: list[str], grace_ms: int, once: bool, drain: bool, say: Callable[[str, Row], None],
+                 stats_every: int = MINUTE):  # fmt: skip
         resumed = resumed_state()
         self.store, self.slots, self.only, self.grace_ms, self.once, self.drain = store, slots, only, grace_ms, once, drain
         self.say = say
@@ -7794,6 +8161,7 @@ class Daemon:
         self.last_clocks = clocks()
         self.beat_at = self.repair_at = self.check_at = 0.0
         self.to_adapt: list[str] = []  # handlers whose SLAs are still to be compared with their runs
+        self.stats_every, self.stats_at, self.told_up_to = stats_every, time.monotonic() + stats_every / 1000, 0
         self.waiting_mark: Row | None = None  # what was there when the tasks that wait for consent were last looked at
         self.consents_at = self.ask_at = 0.0  # when to look at them in any case; not to ask before
         self.asker = 0  # the process that asks for them
@@ -7923,6 +8291,15 @@ class Daemon:
         if now >= self.beat_at:
             self.beat_at = now + setting(self.store, "daemon.heartbeat_every") / 1000
             self._beat()
+        if now >= self.stats_at:
+            self.stats_at = now + self.stats_every / 1000
+            self._tell_statistics()
+
+    def _tell_statistics(self) -> None:
+        """One event with all counters. Whatever changes a task is an event, so an idle daemon learns from the newest one's number that there is no news."""
+        newest = self.store.value(LAST_EVENT)
+        if newest != self.told_up_to and tell_statistics(self.store, self.stats_every):
+            self.told_up_to = self.store.value(LAST_EVENT)
 
     def _adapt(self, name: str) -> None:
         """Let a handler's SLA follow its runs: reckoned first, then put into force in one short transaction."""
@@ -8135,6 +8512,8 @@ class Daemon:
 
     def _leave(self) -> None:
         self._dismiss_asker()
+        if self.once:  # others have told in time, or leave it to the next one
+            tell_statistics(self.store, self.stats_every)
         self.store.write(lambda tx: emit(tx, "daemon.stopped", self.worker, {"worker_id": self.worker, "kind": "daemon", "reason": "asked" if
                          self.stop_at is not None else "done", "pid": os.getpid()}))  # fmt: skip
         self.enlistment.discharge()
@@ -8370,7 +8749,7 @@ INTENT_FIELDS = (
     "learned_from",
 )  # fmt: skip
 COLOURS = {"completed": "32", "running": "36", "assigned": "36", "failed": "31", "timeout": "31", "critical": "31", "violated": "33",
-           "warning": "33", "blocked": "33", "dead": "31", "alive": "32", "paused": "33"}  # fmt: skip
+           "warning": "33", "blocked": "33", "dead": "31", "alive": "32", "paused": "33", "healthy": "32", "degraded": "33"}  # fmt: skip
 
 
 def shown_fields(row: Row, names: tuple[str, ...]) -> Row:
@@ -8545,58 +8924,24 @@ def intent_cells(document: Row) -> tuple[str, ...]:
     return (document["intent_id"], document["status"], document["priority"], document["domain"], printable(document["goal"]))
 
 
-TOTALS = "SELECT name, value FROM counters"
-STATUS_TOTALS = "SELECT status, n FROM status_totals"
-DEPTHS = "SELECT priority, n FROM queue_depths"
-OPEN_VIOLATIONS = """SELECT COALESCE(SUM(n), 0) AS n FROM task_counts
-  WHERE level >= 2 AND status IN ('queued', 'blocked', 'assigned', 'running')"""
-OLDEST_QUEUED = "SELECT MIN(queued_at) AS at FROM htm_tasks WHERE status = 'queued' AND available_at IS NULL"
 QUEUED_HANDLERS = """SELECT c.handler, SUM(c.n) AS n, MAX(h.paused) AS paused, MAX(h.external) AS external
   FROM task_counts c LEFT JOIN handlers h ON h.name = c.handler
   WHERE c.status = 'queued' AND c.handler <> '' GROUP BY c.handler HAVING SUM(c.n) > 0"""
-LIVE_WORKERS = "SELECT * FROM workers WHERE stopped_at IS NULL ORDER BY started_at"
 SET_ASIDE_COUNT = "SELECT COUNT(*) AS n FROM htm_tasks WHERE set_aside IS NOT NULL AND finished_at IS NULL"
 PARKED_COUNT = "SELECT COUNT(*) AS n FROM htm_tasks WHERE status = 'blocked' AND reason = 'waiting_consent'"
 PARKED_PENDING = """SELECT c.consent_id FROM htm_tasks t JOIN secret_consent_records c ON c.task_id = t.task_id AND c.consent_status = 'pending'
   WHERE t.status = 'blocked' AND t.reason = 'waiting_consent' ORDER BY c.seq"""
 
 
-def queue_counters(reader: Reader, now: int, window: int = DAY) -> Row:
-    """The dashboard's counters, all of them kept as they change; averages and percentiles are those of the window."""
-    totals = {row["name"]: row["value"] for row in reader.all(TOTALS)}
-    status = {row["status"]: row["n"] for row in reader.all(STATUS_TOTALS)}
-    met, missed = totals.get("sla_met", 0), totals.get("sla_missed", 0)
-    oldest = reader.value(OLDEST_QUEUED)
-    return {
-        "total_tasks": sum(status.values()), "active_tasks": status.get("assigned", 0) + status.get("running", 0),
-        "queued_tasks": status.get("queued", 0), "blocked_tasks": status.get("blocked", 0), "completed_tasks": status.get("completed", 0),
-        "failed_tasks": status.get("failed", 0) + status.get("timeout", 0), "cancelled_tasks": status.get("cancelled", 0),
-        "sla_compliance_rate": met / (met + missed) if met + missed else None, "active_violations": reader.value(OPEN_VIOLATIONS),
-        "total_violations": totals.get("escalations_triggered", 0),
-        **window_figures(reader, now - window),
-        "queue_depths": {**dict.fromkeys(PRIORITIES, 0), **{row["priority"]: row["n"] for row in reader.all(DEPTHS)}},
-        "longest_queued_ms": None if oldest is None else max(0, now - oldest),
-        **{name: totals.get(name, 0) for name in ("warnings_issued", "escalations_triggered", "sub_agents_spawned",
-                                                  "queue_reprioritizations", "tasks_rescued", "tasks_recovered")},
-    }  # fmt: skip
-
-
 def status_document(store: Store) -> Row:
     """One screen's worth: daemons, depths, violations, and what is wrong with a hint for each."""
     now = clock()
     counters = store.read(lambda reader: queue_counters(reader, now))
-    workers = [{**row, "alive": is_alive(row)} for row in store.all(LIVE_WORKERS)]
+    workers, figures = worker_figures(store)
     daemons = [row for row in workers if row["kind"] == "daemon" and row["alive"]]
-    slots = sum(row["slots"] for row in daemons)
-    busy = sum(len(store.all(OPEN_ATTEMPTS, worker=row["worker_id"])) for row in daemons)
     shown = [shown_fields(row, ("worker_id", "kind", "pid", "slots", "state", "started_at", "heartbeat_at", "alive")) for row in workers]
-    return {"database": store.path, "daemon_alive": bool(daemons), "workers": shown, "active_workers": len([row for row in workers if row["alive"]]),
-            "worker_utilization": round(busy / slots, 4) if slots else None, **counters, "pending_consents": len(answerable(store, now)),
+    return {"database": store.path, "daemon_alive": bool(daemons), "workers": shown, **figures, **counters, "pending_consents": len(answerable(store, now)),
             "problems": problems(store, counters, daemons, workers, now)}  # fmt: skip
-
-
-def counted(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def problems(store: Store, counters: Row, daemons: list[Row], workers: list[Row], now: int) -> list[Row]:
@@ -8629,6 +8974,243 @@ def problems(store: Store, counters: Row, daemons: list[Row], workers: list[Row]
     if aside := store.value(SET_ASIDE_COUNT):
         found.append(("set_aside", f"{counted(aside, 'task')} set aside for impossible times", "see them: grace events --topic htm.task.invalid"))
     return [{"code": code, "message": message, "hint": hint} for code, message, hint in found]
+
+
+HEALTH_LEVELS = ("healthy", "warning", "degraded", "critical")
+HEALTH_CHECKS = (  # code, which is its setting's name too; level, unit; what is wrong, and what to do
+    ("no_daemon", "critical", "ms", "work waits for a daemon, and none has been there for {}", "start one: grace daemon"),
+    ("daemon_silent", "critical", "ms", "a daemon lives but has said nothing for {}", "see what it is doing, then restart it"),
+    ("disk_free", "critical", "bytes", "only {} are left on the disk of the database", "free some space, or nothing can be recorded any more"),
+    ("open_violations", "degraded", "tasks", "{} past the SLA", "see them: grace dashboard violations"),
+    ("sla_compliance", "degraded", "ratio", "only {} of what ended met its SLA", "see when: grace dashboard hourly; and what took long: grace dashboard slow"),
+    ("failure_rate", "degraded", "ratio", "{} of what ended has failed", "see them: grace task list --status failed --status timeout"),
+    ("recoveries", "degraded", "tasks", "{} put back because their worker was lost", "see them: grace events --topic htm.task.recovered"),
+    ("queue_age", "warning", "ms", "the oldest queued task has waited for {}", "see why: grace task explain, with an id of grace task list --status queued"),
+    ("queue_depth", "warning", "tasks", "{} queued", "run more at once: grace daemon --workers N; or submit less"),
+    ("utilization", "warning", "ratio", "{} of the slots are busy while tasks wait", "run more at once: grace daemon --workers N"),
+    ("wal_bytes", "warning", "bytes", "the write-ahead log has grown to {}", "end what has read the database for hours; it shrinks when the last daemon stops"),
+    ("set_aside", "warning", "tasks", "{} set aside for impossible times", "see them: grace events --topic htm.task.invalid"),
+    ("paused_tasks", "warning", "tasks", "{} queued for paused handlers", "let them go on: grace handler resume NAME"),
+    ("waiting_consent", "warning", "tasks", "{} waiting for consent", "answer: grace consent pending"),
+)
+AT_LEAST = ("disk_free", "sla_compliance")  # what must not be below its threshold; the others must not be above
+LAST_DAEMON = """SELECT COALESCE(stopped_at, heartbeat_at) AS at FROM workers WHERE worker_id >= 'daemon_' AND worker_id < 'daemon`'
+  ORDER BY worker_id DESC LIMIT 1"""
+OVERDUE = """SELECT next_at FROM (SELECT next_at, sla_ms, available_at FROM htm_tasks WHERE next_at <= :now ORDER BY next_at LIMIT 1000) AS due
+  WHERE sla_ms IS NOT NULL OR available_at IS NOT NULL ORDER BY next_at LIMIT 1"""
+RECOVERED_SINCE = "SELECT COUNT(*) AS n FROM events WHERE topic = 'htm.task.recovered' AND created_at >= :since"
+
+
+def health_document(store: Store) -> Row:
+    """How things are in one word, and each figure that says otherwise with its threshold and what to do."""
+    now = clock()
+    workers, facts = worker_figures(store)
+    daemons = [row for row in workers if row["kind"] == "daemon" and row["alive"]]
+    counters: Row = store.read(lambda reader: queue_counters(reader, now, setting(reader, "health.window")))
+    figures = health_figures(store, {**counters, **facts}, daemons, now)
+    thresholds = {code: threshold_of(store, code) for code, *_ in HEALTH_CHECKS}
+    checks = [{"code": code, "level": level, "figure": figures[code], "threshold": thresholds[code], "unit": unit, "setting": f"health.{code}",
+               "ok": not is_beyond(code, figures[code], thresholds[code]), "message": text.format(shown_figure(figures[code], unit)), "advice": advice}
+              for code, level, unit, text, advice in HEALTH_CHECKS]  # fmt: skip
+    alerts = [{name: value for name, value in check.items() if name != "ok"} for check in checks if not check["ok"]]
+    worst = max((HEALTH_LEVELS.index(alert["level"]) for alert in alerts), default=0)
+    return {"status": HEALTH_LEVELS[worst], "alerts": alerts, "uptime_ms": max((max(0, now - row["started_at"]) for row in daemons), default=None),
+            "last_updated_at": format_instant(now), "window_since_at": counters["window_since_at"],
+            "checks": [{name: check[name] for name in ("code", "level", "figure", "threshold", "unit", "ok")} for check in checks]}  # fmt: skip
+
+
+def is_beyond(code: str, figure: float | None, threshold: float) -> bool:
+    """Whether a figure is on the wrong side of its threshold; one that does not apply never is."""
+    return figure is not None and (figure < threshold if code in AT_LEAST else figure > threshold)
+
+
+def threshold_of(reader: Reader, code: str) -> float:
+    value = setting(reader, f"health.{code}")
+    if code == "daemon_silent":  # a daemon that is to speak seldom is not silent
+        return max(value, 3 * setting(reader, "daemon.heartbeat_every"))
+    return value / RATIO_PARTS if SETTINGS[f"health.{code}"][0] == "ratio" else value
+
+
+def health_figures(store: Store, counters: Row, daemons: list[Row], now: int) -> dict[str, float | None]:
+    """The figure of each check; None where it does not apply."""
+    queued, ended, least = store.all(QUEUED_HANDLERS), counters["window_completed"] + counters["window_failed"], setting(store, "health.least_ended")
+    mine = any(not row["external"] and not row["paused"] for row in queued)
+    oldest, compliance = counters["longest_queued_ms"], counters["window_sla_compliance_rate"]
+    disk, waits = os.statvfs(os.path.dirname(store.path)), (oldest or 0) > setting(store, "health.busy_wait")
+    return {
+        "no_daemon": None if daemons else without_daemon(store, oldest or 0 if mine else 0, now),
+        "daemon_silent": max((max(0, now - row["heartbeat_at"]) for row in daemons), default=None),
+        "disk_free": disk.f_bavail * disk.f_frsize, "open_violations": counters["active_violations"],
+        "sla_compliance": compliance if counters["window_sla_judged"] >= least else None,
+        "failure_rate": counters["window_failed"] / ended if ended and ended >= least else None,
+        "recoveries": store.value(RECOVERED_SINCE, since=now - setting(store, "health.window")), "queue_age": oldest,
+        "queue_depth": counters["queued_tasks"], "utilization": counters["worker_utilization"] if waits else None,
+        "wal_bytes": os.path.getsize(store.path + "-wal") if os.path.exists(store.path + "-wal") else 0, "set_aside": store.value(SET_ASIDE_COUNT),
+        "paused_tasks": sum(row["n"] for row in queued if row["paused"]), "waiting_consent": store.value(PARKED_COUNT),
+    }  # fmt: skip
+
+
+def without_daemon(store: Store, waited: int, now: int) -> int | None:
+    """For how long (ms) work or a due step has waited while no daemon was there; None when nothing waits. Ageing alone may wait."""
+    due, last = store.value(OVERDUE, now=now), store.value(LAST_DAEMON)
+    waited = max(waited, now - due if due is not None else 0)
+    return None if waited <= 0 else max(0, min(waited, now - last) if last is not None else waited)
+
+
+def shown_figure(value: float | None, unit: str) -> str:
+    """A figure for people."""
+    if value is None:
+        return "-"
+    if unit == "tasks":
+        return counted(round(value), "task")
+    if unit == "bytes":
+        return f"{value / (1 << 20):.1f} MiB" if value < 1 << 30 else f"{value / (1 << 30):,.1f} GiB"
+    return format_duration(value) if unit == "ms" else f"{100 * value:.1f} %"
+
+
+def hourly_documents(store: Store, hours: int) -> list[Row]:
+    now = clock()
+    rows = store.read(lambda reader: hourly_figures(reader, now - now % HOUR - (hours - 1) * HOUR))
+    return [{"starts_at": format_instant(row.pop("starts_at")), **row} for row in rows]
+
+
+RUNNING_LONGEST = """SELECT t.* FROM htm_task_attempts a CROSS JOIN htm_tasks t -- CROSS so that the few open attempts come first
+  WHERE t.task_id = a.task_id AND t.attempt_id = a.attempt_id AND a.finished_at IS NULL AND a.started_at IS NOT NULL AND t.status = 'running'
+  ORDER BY a.started_at LIMIT :n"""
+
+
+def slow_document(store: Store, window: int, limit: int) -> Row:
+    """The tasks that run longest now, and the completed ones of the window that took longest, each beside what is usual for its kind."""
+    now = clock()
+    usual = functools.cache(lambda kind: usual_p95(store, kind, now))
+
+    def shown(row: Row) -> Row:
+        took = row["execution_time_ms"] if row["finished_at"] is not None else max(0, now - row["started_at"])
+        p95 = usual(row["task_type"])
+        names = ("task_id", "intent_id", "task_type", "domain", "handler", "goal", "status", "started_at", "finished_at")
+        return {**shown_fields(row, names), "execution_time_ms": took, "usual_p95_ms": p95, "times_usual": round(took / p95, 2) if p95 else None}
+
+    found: Row = store.read(lambda reader: {
+        "running": [shown(row) for row in reader.all(RUNNING_LONGEST, n=limit)],
+        "completed": [shown(row) for row in slowest_tasks(reader, now - window, limit)],
+        "window_since_at": format_instant(window_bounds(reader, now - window)["since"]), "last_updated_at": format_instant(now)})  # fmt: skip
+    return found
+
+
+# Metrics in Prometheus' text format, version 0.0.4: seconds and ratios, counters in _total. What a name can be is bounded, or a label could grow
+# without end: handlers are those that exist, domains those fifty in which most has ended.
+
+Sample = tuple[str, dict[str, str], float | None]  # the name's end, labels, value
+EXECUTION_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600, 1800, 3600, 21600, 86400)  # seconds
+MOST_DOMAINS = 50
+OPEN_OF_HANDLERS = """SELECT handler, status, SUM(n) AS n FROM task_counts
+  WHERE status IN ('queued', 'blocked', 'assigned', 'running') GROUP BY handler, status ORDER BY handler, status"""
+
+
+def prometheus_family(name: str, kind: str, help_text: str, samples: Iterable[Sample]) -> str:
+    """One metric with its help, type and samples; empty when there is none to tell."""
+    lines = []
+    for end, labels, value in samples:
+        if value is not None:
+            inner = ",".join(f'{key}="{escaped_label(text)}"' for key, text in labels.items())
+            lines.append(f"{name}{end}{{{inner}}} {value!r}" if inner else f"{name}{end} {value!r}")
+    head = f"# HELP {name} {help_text}\n# TYPE {name} {kind}\n"
+    return head + "\n".join(lines) + "\n" if lines else ""
+
+
+def escaped_label(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
+
+
+def histogram_samples(labels: dict[str, str], histogram: list[tuple[int, int]], sum_ms: int) -> Iterator[Sample]:
+    """The cumulative buckets of what was measured; each of our finer buckets counts whole, by its middle."""
+    middles = [(bucket_middle(bucket) / 1000, n) for bucket, n in histogram]
+    for bound in EXECUTION_BOUNDS:
+        yield "_bucket", {**labels, "le": f"{bound:g}"}, sum(n for middle, n in middles if middle <= bound)
+    count = sum(n for _, n in middles)
+    yield from (("_bucket", {**labels, "le": "+Inf"}, count), ("_sum", labels, sum_ms / 1000), ("_count", labels, count))
+
+
+def in_seconds(ms: float | None) -> float | None:
+    return None if ms is None else ms / 1000
+
+
+def live_families(document: Row) -> Iterator[tuple[str, str, str, list[Sample]]]:
+    """What the document of `dashboard stats` says, as metrics."""
+    for name, key, text in (
+        ("grace_sla_warnings_total", "warnings_issued", "Tasks that were warned of."),
+        ("grace_sla_violations_total", "total_violations", "Tasks that passed their SLA."),
+        ("grace_rescues_total", "sub_agents_spawned", "Rescues that were spawned."),
+        ("grace_tasks_rescued_total", "tasks_rescued", "Tasks completed after a rescue."),
+        ("grace_tasks_recovered_total", "tasks_recovered", "Times that a task was put back because its worker was lost."),
+        ("grace_reprioritizations_total", "queue_reprioritizations", "Times that a queued task was moved forward."),
+    ):
+        yield name, "counter", text, [("", {}, document[key])]
+    for name, key, text in (
+        ("grace_tasks_active", "active_tasks", "Tasks assigned or running."), ("grace_tasks_queued", "queued_tasks", "Tasks in the queue."),
+        ("grace_tasks_blocked", "blocked_tasks", "Tasks that wait for others or for consent."),
+        ("grace_sla_violations_open", "active_violations", "Open tasks past their SLA."),
+        ("grace_sla_compliance_ratio", "sla_compliance_rate", "Of all that ended with an SLA, the part that met it."),
+        ("grace_workers", "active_workers", "Daemons and foreground runs alive."), ("grace_worker_slots", "worker_slots", "Slots of all daemons."),
+        ("grace_worker_slots_busy", "busy_slots", "Slots in use."), ("grace_worker_utilization_ratio", "worker_utilization", "Slots in use by slots."),
+        ("grace_window_sla_compliance_ratio", "window_sla_compliance_rate", "Within the window: of what ended with an SLA, the part that met it."),
+        ("grace_window_success_ratio", "window_success_rate", "Within the window: completed by completed and failed."),
+    ):
+        yield name, "gauge", text, [("", {}, document[key])]
+    yield "grace_queue_depth", "gauge", "Tasks in each class of the queue.", [("", {"priority": name}, n) for name, n in document["queue_depths"].items()]
+    yield "grace_queue_oldest_seconds", "gauge", "How long the oldest queued task has waited; 0 when there is none.", [
+        ("", {}, in_seconds(document["longest_queued_ms"]) or 0)]  # fmt: skip
+    yield "grace_window_seconds", "gauge", "The window of the averages and quantiles, counted in whole hours.", [("", {}, document["window_ms"] / 1000)]
+    yield "grace_window_execution_seconds", "gauge", "Within the window: how long completed tasks ran, within 2 %.", [
+        ("", {"quantile": f"{part / 100:g}"}, in_seconds(document[f"p{part}_execution_ms"])) for part in (50, 95, 99)]  # fmt: skip
+    for what in ("buffer", "queue_time", "execution_time", "total_time"):
+        yield f"grace_window_average_{what}_seconds", "gauge", f"Within the window: the average {what.replace('_', ' ')} of completed tasks.", [
+            ("", {}, in_seconds(document[f"avg_{what}_ms"]))]  # fmt: skip
+
+
+def ended_samples(label: str, rows: Iterable[Row], names: Iterable[str]) -> list[Sample]:
+    """What has ever ended, by status, for each of these names."""
+    sums = {name: dict.fromkeys(FINAL, 0) for name in names}
+    for row in rows:
+        if row[label] in sums:
+            for status in FINAL:
+                sums[row[label]][status] += row["timed_out" if status == "timeout" else status]
+    return [("", {"handler" if label == "task_type" else label: name, "status": status}, n) for name, by in sums.items() for status, n in by.items()]
+
+
+def ever_families(reader: Reader) -> Iterator[tuple[str, str, str, list[Sample]]]:
+    """What is counted for all time, by status, handler and domain."""
+    rows, histograms = ever_figures(reader)
+    totals = {row["name"]: row["value"] for row in reader.all(TOTALS)}
+    status = {row["status"]: row["n"] for row in reader.all(STATUS_TOTALS)}
+    handlers = [row["name"] for row in reader.all(LIST_HANDLERS)]
+    kinds = [*handlers, *(kind for kind in ("command", "rescue") if kind not in handlers)]
+    by_domain: dict[str, int] = {}
+    for row in rows:
+        by_domain[row["domain"]] = by_domain.get(row["domain"], 0) + sum(row[name] for name in ENDED.split(" + "))
+    domains = sorted(sorted(by_domain, key=lambda name: (-by_domain[name], name))[:MOST_DOMAINS])
+    whole: dict[int, int] = {}
+    for bucket, n in (pair for one in histograms.values() for pair in one):
+        whole[bucket] = whole.get(bucket, 0) + n
+    yield "grace_tasks_ended_total", "counter", "Tasks that ended.", [("", {"status": name}, status.get(name, 0)) for name in FINAL]
+    yield "grace_sla_judged_total", "counter", "Tasks that ended with an SLA, by whether they met it.", [
+        ("", {"met": "true"}, totals.get("sla_met", 0)), ("", {"met": "false"}, totals.get("sla_missed", 0))]  # fmt: skip
+    yield "grace_handler_tasks_ended_total", "counter", "Tasks that ended, by handler.", ended_samples("task_type", rows, kinds)
+    yield "grace_domain_tasks_ended_total", "counter", "Tasks that ended, by domain.", ended_samples("domain", rows, domains)
+    yield "grace_handler_tasks", "gauge", "Open tasks, by handler.", [
+        ("", {"handler": row["handler"], "status": row["status"]}, row["n"]) for row in reader.all(OPEN_OF_HANDLERS) if row["handler"] in handlers]  # fmt: skip
+    yield "grace_execution_seconds", "histogram", "How long completed tasks ran.", list(
+        histogram_samples({}, sorted(whole.items()), sum(row["execution_ms"] for row in rows)))  # fmt: skip
+    yield "grace_handler_execution_seconds", "histogram", "How long completed tasks ran, by handler.", [
+        sample for kind in kinds if kind in histograms for sample in
+        histogram_samples({"handler": kind}, histograms[kind], sum(row["execution_ms"] for row in rows if row["task_type"] == kind))]  # fmt: skip
+
+
+def prometheus_text(store: Store, window: int) -> str:
+    """All metrics in the text format."""
+    document = statistics_of(store, window)
+    families = [*live_families(document), *store.read(lambda reader: list(ever_families(reader)))]
+    return "".join(prometheus_family(*family) for family in families)
 
 
 AHEAD = """SELECT COUNT(*) AS n FROM htm_tasks WHERE handler = :handler AND status = 'queued' AND available_at IS NULL
@@ -8710,6 +9292,8 @@ def story_line(event: Row) -> str:
     payload, topic = event["payload"], event["topic"]
     if not topic.startswith("htm."):
         return str(topic)
+    if topic.startswith("htm.sla.") and "level" not in payload:
+        return str(payload.get("message", topic))
     if topic.startswith("htm.sla."):
         return f"{payload['level']}: {payload['message']}" + (" (noticed late)" if payload["late"] else "")
     if topic == "htm.task.created":
@@ -9078,6 +9662,7 @@ GROUPS.update({
     "consent": "Requests to use secrets, and the answers.",
     "consent template": "Pre-approvals for named secrets, signed and limited.",
     "credential": "Secrets for programs that ask in a protocol of their own.",
+    "dashboard": "How things are: figures, what is late or slow, each hour, and whether all is well.",
     "events": "The event bus: what happened, in order.",
     "handler": "The commands that do the work, by name.",
     "intent": "Goals and how they went.",
@@ -9775,9 +10360,10 @@ def handler_resume(app: App, name: str) -> None:
 @command("daemon", opt("--workers", kind=Checked("number", parse_workers), metavar="N", help="Slots [default: the processors]."),
          opt("--handler", kind="name", multiple=True, help="Only these handlers (repeatable)."),
          opt("--grace-period", kind="duration", default=30 * SECOND, help="How long handlers may finish when it stops [default: 30s]."),
+         opt("--stats-every", kind="duration", default=MINUTE, help="How often the figures become an event, when they have changed [default: 60s]."),
          opt("--once", is_flag=True, help="Run what is runnable now, then end."),
          opt("--drain", is_flag=True, help="Claim nothing, wait for what runs, then end."))  # fmt: skip
-def daemon_command(app: App, workers: int | None, handler: tuple[str, ...], grace_period: int, once: bool, drain: bool) -> None:
+def daemon_command(app: App, workers: int | None, handler: tuple[str, ...], grace_period: int, stats_every: int, once: bool, drain: bool) -> None:
     """Run the queue: ladder, bridge, workers, rescues. TERM or Ctrl-C stops it in good order, HUP renews it in place."""
     if once and drain:
         raise UsageError("--once and --drain exclude each other")
@@ -9785,7 +10371,7 @@ def daemon_command(app: App, workers: int | None, handler: tuple[str, ...], grac
     store = app.store()
     for name in handler:
         find_handler(store, name)
-    Daemon(store, workers or processors(), list(handler), grace_period, once, drain, say_json if app.json else say_plain).run()
+    Daemon(store, workers or processors(), list(handler), grace_period, once, drain, say_json if app.json else say_plain, stats_every).run()
 
 
 @helper("_ask", arg("handlers", "name", nargs=-1))
@@ -9832,16 +10418,28 @@ def say_plain(what: str, facts: Row) -> None:
     sys.stdout.flush()
 
 
-@command("violations", opt("--level", kind=Checked("level", one_of(LEVELS[1:])), default="violated", show_default=True, help="This level and above."),
-         opt("--all", "everything", is_flag=True, help="Finished tasks too."),
-         opt("--limit", kind="limit", default=50, show_default=True, help="At most so many."))  # fmt: skip
+VIOLATION_OPTIONS = (
+    opt("--level", kind=Checked("level", one_of(LEVELS[1:])), default="violated", show_default=True, help="This level and above."),
+    opt("--all", "everything", is_flag=True, help="Finished tasks too."),
+    opt("--limit", kind="limit", default=50, show_default=True, help="At most so many."),
+)
+
+
+@command("violations", *VIOLATION_OPTIONS)
 def violations_command(app: App, level: str, everything: bool, limit: int) -> None:
     """Tasks that are past a threshold of their SLA."""
-    store, now = app.store(), clock()
-    rows = store.all(VIOLATIONS, level=LEVELS.index(level), everything=int(everything), n=limit)
-    documents = [violation_document(row, now) for row in rows]
+    documents = violation_documents(app.store(), level, everything, limit)
+    app.show(documents, lambda: show_violations(documents))
+
+
+def violation_documents(store: Store, level: str, everything: bool, limit: int) -> list[Row]:
+    now = clock()
+    return [violation_document(row, now) for row in store.all(VIOLATIONS, level=LEVELS.index(level), everything=int(everything), n=limit)]
+
+
+def show_violations(documents: list[Row]) -> None:
     cells = [(d["task_id"], d["level"], d["status"], f"{format_duration(d['overdue_ms'])} (+{d['overdue_percent']:.0f}%)", d["task_type"]) for d in documents]
-    app.show(documents, lambda: show_table(("TASK", "LEVEL", "STATUS", "OVERDUE", "TYPE"), cells, "no violations"))
+    show_table(("TASK", "LEVEL", "STATUS", "OVERDUE", "TYPE"), cells, "no violations")
 
 
 VIOLATIONS = """SELECT * FROM violations WHERE escalation_level >= :level AND (:everything = 1 OR finished_at IS NULL)
@@ -9874,6 +10472,241 @@ def show_status(document: Row) -> None:
     write_out(tabulate(left, tablefmt="plain", disable_numparse=True))
     for problem in document["problems"]:
         write_out(f"! {printable(problem['message'])}\n  {printable(problem['hint'])}")
+
+
+# ---- dashboard
+
+WATCH = opt("--watch", kind="duration", is_flag=False, flag_value="2s", metavar="[DUR]", help="Again and again, every DUR [2s], until Ctrl-C.")
+FASTEST_WATCH = 100  # ms
+
+
+def show_dashboard(app: App, watch: int | None, look: Callable[[Store], Any], plain: Callable[[Any], None]) -> Any:
+    """What `look` finds, once, or with --watch until told to stop; the last document. It only ever reads."""
+    store = app.store()
+    if watch is None:
+        document = look(store)
+        app.show(document, lambda: plain(document))
+        return document
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):  # the way to end it, as in top(1)
+        show_again_and_again(app, store, max(watch, FASTEST_WATCH), look, plain)
+    return None
+
+
+def show_again_and_again(app: App, store: Store, every: int, look: Callable[[Store], Any], plain: Callable[[Any], None]) -> None:
+    screen = on_terminal() and not app.json
+    if screen:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGWINCH])  # it ends the pause below
+        sys.stdout.write("\n" * terminal_size().lines)  # what was on the screen stays above it
+    while True:
+        document = look(store)
+        if screen:
+            redraw(plain, document, every)
+        else:
+            app.show(document, lambda: plain(document))  # noqa: B023 (called at once)
+            sys.stdout.write("" if app.json else "\n")
+        sys.stdout.flush()
+        pause(every / 1000)
+
+
+def pause(seconds: float) -> None:
+    """Wait so long, or until the terminal has another size."""
+    if hasattr(signal, "sigtimedwait"):
+        signal.sigtimedwait([signal.SIGWINCH], seconds)
+    else:
+        time.sleep(seconds)
+
+
+def terminal_size() -> os.terminal_size:
+    try:
+        return os.get_terminal_size(sys.stdout.fileno())
+    except OSError:
+        return os.terminal_size((80, 24))
+
+
+def redraw(plain: Callable[[Any], None], document: Any, every: int) -> None:
+    """One frame, in one piece and without erasing first, so that nothing flickers; what does not fit is left out, and said."""
+    import io
+
+    terminal = sys.stdout
+    frame = io.StringIO()
+    frame.isatty, frame.fileno = terminal.isatty, terminal.fileno  # type: ignore[method-assign]
+    with contextlib.redirect_stdout(frame):
+        plain(document)
+    lines, room = frame.getvalue().splitlines(), max(2, terminal_size().lines - 2)
+    head = f"grace, every {format_duration(every)}: {format_instant(clock())}"
+    if len(lines) > room:
+        lines = [*lines[: room - 1], f"… {len(lines) - room + 1} more lines"]
+    terminal.write("\033[H\033[?7l" + "".join(f"{line}\033[K\n" for line in [head, *lines]) + "\033[J\033[?7h")
+
+
+PROMETHEUS_OPTIONS = (
+    opt("--prometheus", is_flag=True, help="Metrics in Prometheus' text format."),
+    opt("--output", metavar="FILE", help="With --prometheus: write them to FILE, all at once."),
+)
+
+
+@command("dashboard stats", opt("--window", kind="duration", default=DAY, help="Of averages and percentiles, in whole hours [default: 24h]."),
+         WATCH, *PROMETHEUS_OPTIONS)  # fmt: skip
+def dashboard_stats(app: App, window: int, watch: int | None, prometheus: bool, output: str | None) -> None:
+    """All counters, and how long things take."""
+    if output is not None and not prometheus:
+        raise UsageError("--output: it is for metrics", "write: grace dashboard stats --prometheus --output FILE.prom")
+    if not prometheus:
+        show_dashboard(app, watch, lambda store: statistics_of(store, window), show_statistics)
+        return
+    if app.json:
+        raise UsageError("--prometheus has a format of its own, so --json has no place beside it", "leave one of them out")
+    if output and not output.endswith(".prom"):
+        sys.stderr.write("note: node exporter's textfile collector reads only names that end in .prom\n")
+
+    def put(text: str) -> None:
+        if output is None:
+            sys.stdout.write(text)
+        else:
+            replace_file(output, text)
+
+    show_dashboard(app, watch, lambda store: prometheus_text(store, window), put)
+
+
+def replace_file(path: str, text: str) -> None:
+    """Put a text in the place of a file, whole or not at all, readable for everybody."""
+    beside = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.getpid()}-{os.urandom(4).hex()}")  # a name that no *.prom fits
+    try:
+        check_text(path, "--output", 4000)
+        if os.path.isdir(path):
+            raise ValueError(f"{path!r} is a directory")
+        with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "w", encoding="utf-8") as file:
+            os.fchmod(file.fileno(), 0o644)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--output: cannot write {path[:200]!r}: {getattr(error, 'strerror', None) or error}") from None
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            os.unlink(beside)
+
+
+def shown_rate(rate: float | None) -> str:
+    return "-" if rate is None else f"{100 * rate:.1f} %"
+
+
+def show_statistics(d: Row) -> None:
+    """The figures in a dozen lines, which fit 80 columns."""
+    depths = ", ".join(f"{name} {n:,}" for name, n in d["queue_depths"].items())
+    oldest = f"; the oldest for {format_duration(d['longest_queued_ms'])}" if d["longest_queued_ms"] is not None else ""
+    spent = [format_duration(d[f"avg_{name}_ms"]) for name in ("queue_time", "execution_time", "total_time", "buffer")]
+    runs = [format_duration(d[f"p{part}_execution_ms"]) for part in (50, 95, 99)]
+    show_labelled([
+        ("tasks", f"{d['total_tasks']:,} ever: {d['completed_tasks']:,} completed, {d['failed_tasks']:,} failed, {d['cancelled_tasks']:,} cancelled"),
+        ("now", f"{d['active_tasks']:,} active, {d['queued_tasks']:,} queued, {d['blocked_tasks']:,} blocked"), ("queue", f"{depths}{oldest}"),
+        ("workers", f"{d['active_workers']} alive" + (f", {d['busy_slots']} of {counted(d['worker_slots'], 'slot')} busy" if d["worker_slots"] else "")),
+        ("SLA", f"{shown_rate(d['sla_compliance_rate'])} met ever, {d['active_violations']:,} violations now, {d['total_violations']:,} ever"),
+        ("ladder", f"{d['warnings_issued']:,} warned, {d['escalations_triggered']:,} escalated, {d['sub_agents_spawned']:,} rescues "
+                   f"({d['tasks_rescued']:,} tasks completed after one)"),
+        ("moved", f"{d['queue_reprioritizations']:,} times forward, {d['tasks_recovered']:,} times back after a worker was lost"),
+        ("", ""), ("window", f"since {d['window_since_at']}, {format_duration(d['window_ms'])} in whole hours"),
+        ("ended", f"{d['window_completed']:,} completed, {d['window_failed']:,} failed, {d['window_cancelled']:,} cancelled "
+                  f"({shown_rate(d['window_success_rate'])} success, SLA {shown_rate(d['window_sla_compliance_rate'])})"),
+        ("average", f"waited {spent[0]}, ran {spent[1]}, took {spent[2]}, {spent[3]} before the deadline"),
+        ("ran", f"p50 {runs[0]}, p95 {runs[1]}, p99 {runs[2]}")])  # fmt: skip
+
+
+def show_labelled(lines: list[tuple[str, str]]) -> None:
+    """A word and what it says, a line each; on a terminal folded under itself."""
+    width = max(len(label) for label, _ in lines) + 2
+    for label, text in lines:
+        write_folded(f"{label:<{width}}{text}" if text else "", width)
+
+
+@command("dashboard violations", *VIOLATION_OPTIONS, WATCH)
+def dashboard_violations(app: App, level: str, everything: bool, limit: int, watch: int | None) -> None:
+    """Tasks that are past a threshold of their SLA."""
+    show_dashboard(app, watch, lambda store: violation_documents(store, level, everything, limit), show_violations)
+
+
+@command("dashboard slow", opt("--limit", kind="limit", default=10, show_default=True, help="At most so many of each."),
+         opt("--window", kind="duration", default=DAY, help="Completed since then, in whole hours [default: 24h]."), WATCH)  # fmt: skip
+def dashboard_slow(app: App, limit: int, window: int, watch: int | None) -> None:
+    """What runs longest now, and what took longest, beside the usual."""
+    show_dashboard(app, watch, lambda store: slow_document(store, window, limit), show_slow)
+
+
+def show_slow(document: Row) -> None:
+    header = ("TASK", "KIND", "RAN", "USUAL P95", "TIMES", "GOAL")
+    for title, rows, empty in (("running now", document["running"], "nothing runs"),
+                               (f"completed since {document['window_since_at']}", document["completed"], "nothing has completed")):  # fmt: skip
+        cells = [(d["task_id"], printable(d["task_type"]), format_duration(d["execution_time_ms"]), format_duration(d["usual_p95_ms"]),
+                  "-" if d["times_usual"] is None else f"{d['times_usual']:.1f}", printable(d["goal"])) for d in rows]  # fmt: skip
+        write_out(f"{title}:")
+        show_table(header, cells, f"  {empty}")
+
+
+@command("dashboard hourly", opt("--hours", kind=Checked("number", whole(1, 744)), default=24, show_default=True, help="So many, this one included."), WATCH)
+def dashboard_hourly(app: App, hours: int, watch: int | None) -> None:
+    """What ended in each hour and domain, and how it went."""
+    show_dashboard(app, watch, lambda store: hourly_documents(store, hours), functools.partial(show_hourly, hours=hours))
+
+
+def show_hourly(documents: list[Row], hours: int) -> None:
+    """A line for each hour and domain, the newest first, and one for each hour without; on a terminal with a bar as long as the number that ended."""
+    header = ("HOUR (UTC)", "DOMAIN", "ENDED", "FAILED", "AVG", "P95", "SLA", "OK")
+    this_hour = clock() // HOUR * HOUR
+    by_hour: dict[str, list[Row]] = {str(format_instant(this_hour - HOUR * n)): [] for n in range(hours - 1, -1, -1)}
+    for d in documents:
+        by_hour.setdefault(d["starts_at"], []).append(d)
+    shown: list[tuple[str, Row]] = [(hour, d) for hour, rows in sorted(by_hour.items(), reverse=True) for d in rows or [{}]]
+    cells = [(hour[5:16].replace("T", " "), *hour_cells(d)) for hour, d in shown]
+    width = terminal_width()
+    lines = list(align(header, cells, None if width is None else width - 12 if width >= 70 else width))
+    edge = max(text_width(line) for line in lines)
+    if width is None or width - edge < 6:
+        write_out("\n".join(lines))
+        return
+    most = max((d["total"] for d in documents), default=0)
+    write_out(lines[0])
+    for line, (_, d) in zip(lines[1:], shown, strict=True):
+        write_out(line + " " * (edge - text_width(line) + 2) + (hour_bar(d, most, width - edge - 3) if d else ""))
+
+
+def hour_cells(d: Row) -> tuple[str, ...]:
+    if not d:
+        return ("", "0", "", "", "", "", "")
+    return (printable(d["domain"]), f"{d['total']}", f"{d['failed']}", format_duration(d["avg_execution_ms"]), format_duration(d["p95_execution_ms"]),
+            whole_percent(d["sla_compliance_rate"]), whole_percent(d["success_rate"]))  # fmt: skip
+
+
+def whole_percent(rate: float | None) -> str:
+    return "-" if rate is None else f"{math.floor(100 * rate)}%"  # 100 only when it is all
+
+
+def hour_bar(d: Row, most: int, room: int) -> str:
+    """As long as what ended, at least one sign; what did not complete at its end, and in its colour."""
+    long = max(1, round(int(d["total"]) * room / most))
+    bad = min(long, math.ceil((int(d["total"]) - int(d["completed"])) * long / int(d["total"])))
+    full, light = ("█", "░") if getattr(sys.__stdout__, "encoding", "utf-8").lower().startswith("utf") else ("#", "-")
+    if os.environ.get("NO_COLOR"):
+        return full * (long - bad) + light * bad
+    return f"\033[32m{full * (long - bad)}\033[31m{light * bad}\033[0m"
+
+
+@command("dashboard health", WATCH)
+def dashboard_health(app: App, watch: int | None) -> int:
+    """Whether all is well: healthy, warning, degraded, or critical (exit 1)."""
+    document = show_dashboard(app, watch, health_document, show_health)
+    return 1 if document is not None and document["status"] == "critical" else 0
+
+
+def show_health(document: Row) -> None:
+    paint = on_terminal() and not os.environ.get("NO_COLOR")
+    uptime = f"a daemon has run for {format_duration(document['uptime_ms'])}" if document["uptime_ms"] is not None else "no daemon runs"
+    write_out((colour(document["status"]) if paint else document["status"]) + f"  ({uptime}, {counted(len(document['checks']), 'check')})")
+    for alert in document["alerts"]:
+        level = colour(alert["level"]) if paint else alert["level"]
+        write_folded(f"{level}: {alert['message']} (allowed: {shown_figure(alert['threshold'], alert['unit'])}, {alert['setting']})", 4)
+        write_folded(f"    {alert['advice']}", 4)
 
 
 # ---- events
@@ -12603,10 +13436,15 @@ def audit_anchor(app: App, approver: str | None, passphrase_file: str | None, ac
 # ---- doctor
 
 
-@command("doctor")
-def doctor_command(app: App) -> int:
+@command("doctor", opt("--recount", "anew", is_flag=True, help="Count all figures anew from the tasks, and say what differed."))
+def doctor_command(app: App, anew: bool) -> int:
     """What is wrong or weak here, what it means, and what to do; exit 1 when something is wrong."""
     store = app.store()
+    if anew:
+        with store.showing_life():
+            document = store.write(recount)
+        app.show(document, lambda: show_recount(document))
+        return 0
     findings, secrets = [*program_findings(), *machine_findings()], []
     if not store.value(GET_VAULT):
         findings.append(("note", "no_vault", "there is no vault yet", "make one: grace init"))
@@ -12625,6 +13463,16 @@ def doctor_command(app: App) -> int:
                 "guarantees": [{"enforced_by": by, "what": what} for by, what in GUARANTEES], "secrets": secrets}  # fmt: skip
     app.show(document, lambda: show_findings(document))
     return 0 if document["ok"] else 1
+
+
+def show_recount(document: Row) -> None:
+    for row in document["differences"]:
+        write_out(f"{row['figure']}: was {row['before']:,}, is {row['after']:,}")
+    rows = sum(document["rows_changed"].values())
+    write_out(f"{counted(document['tasks'], 'task')} counted; " + (f"{counted(rows, 'row')} of counts and rollups differed" if rows or document["differences"]
+                                                                   else "all figures were right"))  # fmt: skip
+    if document["only_raised"]:
+        write_out("some rows have been deleted, so that their part of the figures was only raised, never lowered")
 
 
 def show_findings(document: Row) -> None:

@@ -239,10 +239,11 @@ CREATE TABLE task_counts (
 ) STRICT;
 
 -- What ended in each hour, by kind of task and domain, added to as it happens; it survives the tasks themselves. The coarser levels are
--- summed up from the hours once these are over: of each day, and of each hour and day for all kinds and domains together.
+-- summed up from the hours once these are over: of each day and of all time, and of each hour and day for all kinds and domains together.
 CREATE TABLE htm_metrics (
-  level        TEXT NOT NULL CONSTRAINT metrics_level CHECK (level = 'hour' OR level = 'day' OR level = 'hour_all' OR level = 'day_all'),
-  starts_at    INTEGER NOT NULL,                  -- the full hour or day (UTC) in which it ended
+  level        TEXT NOT NULL CONSTRAINT metrics_level CHECK
+                 (level = 'hour' OR level = 'day' OR level = 'ever' OR level = 'hour_all' OR level = 'day_all'),
+  starts_at    INTEGER NOT NULL,                  -- the full hour or day (UTC) in which it ended; 0: all time
   task_type    TEXT NOT NULL,                     -- empty: all kinds together
   domain       TEXT NOT NULL,                     -- empty: all domains together
   imported     INTEGER NOT NULL CONSTRAINT metrics_imported CHECK (imported IN (0, 1)), -- 1: runs that were no tasks here
@@ -264,7 +265,8 @@ CREATE TABLE htm_metrics (
 
 -- How long completed runs took: a histogram for each row of htm_metrics, in buckets that are 4 % wide.
 CREATE TABLE htm_durations (
-  level     TEXT NOT NULL CONSTRAINT durations_level CHECK (level = 'hour' OR level = 'day' OR level = 'hour_all' OR level = 'day_all'),
+  level     TEXT NOT NULL CONSTRAINT durations_level CHECK
+                 (level = 'hour' OR level = 'day' OR level = 'ever' OR level = 'hour_all' OR level = 'day_all'),
   starts_at INTEGER NOT NULL,
   task_type TEXT NOT NULL,
   domain    TEXT NOT NULL,
@@ -478,6 +480,7 @@ CREATE INDEX attempt_open_of_worker ON htm_task_attempts (worker_id) WHERE finis
 CREATE INDEX attempt_lease ON htm_task_attempts (lease_expires_at) WHERE finished_at IS NULL AND lease_ms IS NOT NULL;
 CREATE INDEX dependency_of_intent ON task_dependencies (intent_id);
 CREATE INDEX outcome_of_handler ON outcome_records (handler, created_at);
+CREATE INDEX event_recovered ON events (created_at) WHERE topic = 'htm.task.recovered';
 CREATE INDEX event_subject ON events (subject, seq) WHERE subject IS NOT NULL;
 CREATE UNIQUE INDEX intent_key ON intent_records (idempotency_key) WHERE idempotency_key IS NOT NULL;
 CREATE INDEX intent_of_task ON intent_records (htm_task_id) WHERE htm_task_id IS NOT NULL;

@@ -186,6 +186,8 @@ def test_json_of_every_command(place: Place, module: Any, inside: Callable[..., 
         "intent cancel": [[ids["queued_intent"]]], "learn import": [["past.jsonl"]], "learn stats": [[], ["--handler", "past"]],
         "learn outcomes": [[], ["--failed"]], "learn suggest-sla": [[], ["--handler", "past"]], "learn backtest": [[], ["--handler", "work"]],
         "sla rehearse": [[], ["--sla", "1s"]],
+        "dashboard stats": [[], ["--window", "1h"]], "dashboard violations": [[], ["--all"]],
+        "dashboard slow": [[], ["--limit", "1"]], "dashboard hourly": [[], ["--hours", "1"]], "dashboard health": [[]],
     }  # fmt: skip
     elsewhere = {"run", "daemon", "demo", "task cancel", "task fail", "completion", "credential git", *VAULT_CALLS}
     names = {path for path in all_commands() if path not in module.GROUPS or module.COMMANDS[path].get("")}

@@ -272,6 +272,44 @@ def claim_and_complete(rig: r.Rig) -> list[Result]:
     return found
 
 
+# ---- figures
+
+EXACT = "SELECT execution_time_ms AS ms FROM htm_tasks WHERE status = 'completed' AND finished_at >= :since ORDER BY execution_time_ms"
+
+
+def percentile_error(rig: r.Rig, store: Any, window: int) -> float:
+    """How far, at most, a percentile of the dashboard is from the exact one of the raw rows."""
+    since = (rig.g.clock() - window) // rig.g.HOUR * rig.g.HOUR
+    exact, found = [row["ms"] for row in store.all(EXACT, since=since)], rig.g.statistics_of(store, window)
+    return max(abs(found[f"p{part}_execution_ms"] / exact[-(-part * len(exact) // 100) - 1] - 1) for part in (50, 95, 99))
+
+
+@row("stats")
+def statistics_in_process(rig: r.Rig) -> list[Result]:
+    """`dashboard stats` with many queued, and with many more finished in ninety days of twenty handlers and ten domains."""
+    g, found = rig.g, []
+    cases = [("queued", rig.million, rig.queued), ("finished", rig.million, rig.finished)]
+    cases += [] if rig.quick else [("finished", 10 * rig.million, rig.finished)]
+    for kind, n, fill in cases:
+        store = rig.store(fill(n))
+        windows = {"1d": g.DAY, "30d": 30 * g.DAY, "90d": 90 * g.DAY}
+        measures: dict[str, Callable[[], Any]] = {"d": rig.d_seconds}
+        for name, window in windows.items():
+            measures[name] = lambda store=store, window=window: r.median([r.timed(lambda: g.statistics_of(store, window)) for _ in range(20)])
+        measures["health"] = lambda store=store: r.median([r.timed(lambda: g.health_document(store)) for _ in range(20)])
+        measures["metrics"] = lambda store=store: r.median([r.timed(lambda: g.prometheus_text(store, g.DAY)) for _ in range(5)])
+        measures["hourly"] = lambda store=store: r.median([r.timed(lambda: g.hourly_documents(store, 24)) for _ in range(5)])
+        times = {name: r.median(values) for name, values in r.interleaved(rig.rounds, f"stats, {n:,} {kind}", measures).items()}
+        values = {"ms": 1000 * times["1d"], "ms_30d": 1000 * times["30d"], "ms_90d": 1000 * times["90d"], "health_ms": 1000 * times["health"],
+                  "metrics_ms": 1000 * times["metrics"], "hourly_ms": 1000 * times["hourly"]}  # fmt: skip
+        errors = {name: percentile_error(rig, store, window) for name, window in windows.items()} if kind == "finished" else {}
+        values.update({f"percentile_error_{name}": error for name, error in errors.items()})
+        store.close()
+        found.append(result(f"dashboard stats in process, {n:,} {kind}", values, {"D_ms": 1000 * times["d"]}, times["1d"] / times["d"],
+                            "≤ 10 ms, percentile error ≤ 2.5 %", times["1d"] <= 0.01 and max(errors.values(), default=0) <= 0.025))  # fmt: skip
+    return found
+
+
 # ---- latency
 
 
