@@ -5174,7 +5174,7 @@ def spawn_rescue(tx: Tx, task: Row) -> str | None:
 # =====================================================================================================================
 # statistics
 # Figures that stay fast: what ended is added to its hour in the transaction that ended it, with a histogram of how long
-# it took. Hours that are over are summed up once, into days and over all kinds and domains, so that a month's percentiles
+# it took. Hours that are over are summed up once, into days and over kinds and domains, so that a month's percentiles
 # cost as little as a day's, however much has happened, and into one sum over all time, which programs that scrape it
 # every few seconds can afford to read. `recount` makes all of it again from the tasks.
 
@@ -5238,6 +5238,7 @@ def levels_of(hour: int, task_type: str, domain: str, imported: int, folded: int
     yield "day", day, task_type, domain, imported
     yield "ever", 0, task_type, domain, imported
     if not imported:
+        yield "hour_domain", hour, "", domain, 0
         yield "hour_all", hour, "", "", 0
         yield "day_all", day, "", "", 0
 
@@ -5318,24 +5319,27 @@ def window_figures(reader: Reader, since: int) -> Row:
     }  # fmt: skip
 
 
-def part_of(part: int, whole: int) -> float | None:
+def part_of(part: float, whole: float) -> float | None:
     """A ratio, None of nothing."""
     return part / whole if whole else None
 
 
 HOURLY_SUMS = f"""SELECT starts_at, domain, {', '.join(f'SUM({name}) AS {name}' for name in METRIC_SUMS)} FROM htm_metrics
-  WHERE level = 'hour' AND imported = 0 AND starts_at >= :since GROUP BY starts_at, domain ORDER BY starts_at, domain"""
+  WHERE (level = 'hour_domain' AND starts_at >= :since AND starts_at < :folded) OR (level = 'hour' AND imported = 0 AND starts_at >= :folded)
+  GROUP BY starts_at, domain ORDER BY starts_at, domain"""
 HOURLY_DURATIONS = """SELECT starts_at, domain, bucket, SUM(n) AS n FROM htm_durations
-  WHERE level = 'hour' AND imported = 0 AND starts_at >= :since GROUP BY starts_at, domain, bucket ORDER BY starts_at, domain, bucket"""
+  WHERE (level = 'hour_domain' AND starts_at >= :since AND starts_at < :folded) OR (level = 'hour' AND imported = 0 AND starts_at >= :folded)
+  GROUP BY starts_at, domain, bucket ORDER BY starts_at, domain, bucket"""
 
 
 def hourly_figures(reader: Reader, since: int) -> list[Row]:
     """What ended in each full hour (UTC) from `since` on, by domain; hours in which nothing did are left out."""
     histograms: dict[tuple[int, str], list[tuple[int, int]]] = {}
-    for row in reader.all(HOURLY_DURATIONS, since=since):
+    folded = max(since, int(reader.value(FOLDED_UNTIL) or 0))
+    for row in reader.all(HOURLY_DURATIONS, since=since, folded=folded):
         histograms.setdefault((row["starts_at"], row["domain"]), []).append((row["bucket"], row["n"]))
     found = []
-    for row in reader.all(HOURLY_SUMS, since=since):
+    for row in reader.all(HOURLY_SUMS, since=since, folded=folded):
         failed = row["failed"] + row["timed_out"]
         found.append({
             "starts_at": row["starts_at"], "domain": row["domain"], "total": row["completed"] + failed + row["cancelled"], "completed": row["completed"],
@@ -5503,6 +5507,7 @@ DAY_OF = f"starts_at - starts_at % {DAY}"
 COARSER = {  # what the hours are summed up into: its start, its kind, and what tells its rows from each other
     "day": (DAY_OF, "task_type, domain, imported", f"{DAY_OF}, task_type, domain, imported"),
     "ever": ("0", "task_type, domain, imported", "task_type, domain, imported"),
+    "hour_domain": ("starts_at", "'', domain, imported", "starts_at, domain, imported"),
     "hour_all": ("starts_at", "'', '', imported", "starts_at, imported"),
     "day_all": (DAY_OF, "'', '', imported", f"{DAY_OF}, imported"),
 }
@@ -5556,7 +5561,7 @@ def recount_rollups(tx: Tx, gaps: dict[str, int]) -> None:
                 tx.run(f"INSERT INTO {table} SELECT * FROM old_{table} WHERE {SAME_HOUR}", **hour)
     folded = int(tx.value(FOLDED_UNTIL) or 0)
     for level, (start, kind, rows) in COARSER.items():
-        which = " AND imported = 0" if level.endswith("_all") else ""
+        which = " AND imported = 0" if level.startswith(("hour_", "day_")) else ""
         for table, key, sums in (("htm_metrics", "", METRIC_SUMS), ("htm_durations", ", bucket", ("n",))):
             tx.run(f"""INSERT INTO {table} (level, starts_at, task_type, domain, imported{key}, {', '.join(sums)})
               SELECT '{level}', {start}, {kind}{key}, {', '.join(f'SUM({name})' for name in sums)} FROM {table}
@@ -6034,15 +6039,11 @@ def learning_facts(reader: Reader, since: int, handler: str | None, domain: str 
     return dict(sorted(found.items(), key=lambda item: (item[0][0], item[0][1] or "")))
 
 
-def share(part: float, whole: float) -> float | None:
-    return round(part / whole, 4) if whole else None
-
-
 def slot_document(slots: list[dict[str, int]]) -> Row:
     """One line of a pattern: what ended at that hour or weekday."""
     sums = {name: sum(slot[name] for slot in slots) for name in HOUR_SUMS}
     tried = sums["completed"] + sums["failed"] + sums["timed_out"]
-    return {"ended": tried + sums["cancelled"], "success_rate": share(sums["completed"], tried),
+    return {"ended": tried + sums["cancelled"], "success_rate": part_of(sums["completed"], tried),
             "avg_execution_ms": round(sums["execution_ms"] / sums["runs"], 1) if sums["runs"] else None}  # fmt: skip
 
 
@@ -6074,10 +6075,10 @@ def stats_document(name: str, domain: str | None, facts: Facts) -> Row:
     histogram = facts.histogram()
     return {
         "handler": name, "domain": domain, "ended": tried + sums["cancelled"], "completed": sums["completed"], "failed": sums["failed"] + sums["timed_out"],
-        "cancelled": sums["cancelled"], "imported": facts.imported, "success_rate": share(sums["completed"], tried), "runs": sums["runs"],
+        "cancelled": sums["cancelled"], "imported": facts.imported, "success_rate": part_of(sums["completed"], tried), "runs": sums["runs"],
         "avg_execution_ms": round(sums["execution_ms"] / sums["runs"], 1) if sums["runs"] > 0 else None,
         **{f"p{part}_execution_ms": percentile(histogram, part / 100) for part in (50, 95, 99)}, "trend_ratio": trend_ratio(facts),
-        "retry_rate": share(retried, tried), "avg_attempts": share(tried - sum(one[0] for one in odd) + sum(one[2] for one in odd), tried),
+        "retry_rate": part_of(retried, tried), "avg_attempts": part_of(tried - sum(one[0] for one in odd) + sum(one[2] for one in odd), tried),
         "failures": [{"reason": word, "n": n} for word, n in failures[:20]], **calibration(facts),
         "by_hour": [{"hour": hour, **slot_document([slot for n, slot in facts.slots.items() if n % 24 == hour])} for hour in range(24)],
         "by_weekday": [{"weekday": day, **slot_document([slot for n, slot in facts.slots.items() if n // 24 == at])} for at, day in enumerate(WEEKDAYS)],
@@ -6109,7 +6110,7 @@ def rehearse(reader: Reader, handler: str | None, since: int, warn_at: float, cr
     return {"handler": handler, "warn_at": warn_at, "critical_at": critical_at, "sla_ms": sla_ms, "tasks": found["tasks"],
             "fired": {name: found[name] for name in ("warnings", "violations", "criticals")},
             "rehearsed": {name: found[f"new_{name}"] for name in ("warnings", "violations", "criticals")},
-            "useful_warnings": useful, "false_warnings": found["new_warnings"] - useful, "useful_rate": share(useful, found["new_warnings"]),
+            "useful_warnings": useful, "false_warnings": found["new_warnings"] - useful, "useful_rate": part_of(useful, found["new_warnings"]),
             "lead_ms": round(found["late_sla"] / late * (1 - warn_at)) if late else None}  # fmt: skip
 
 
@@ -10825,10 +10826,6 @@ def spark(values: list[float]) -> str:
     return "".join(BARS[min(7, int(8 * value / top))] if value > 0 else "·" for value in values)
 
 
-def percent(rate: float | None) -> str:
-    return "-" if rate is None else f"{100 * rate:.1f}%"
-
-
 def trend_cell(ratio: float | None) -> str:
     return "-" if ratio is None else f"{100 * ratio - 100:+.0f}%"
 
@@ -10843,8 +10840,8 @@ def learn_stats(app: App, handler: str | None, domain: str | None, since: tuple[
     found = store.read(lambda reader: learning_facts(reader, begin, handler, domain, merge=False))
     documents = [basis_document(stats_document(name, part, facts)) for (name, part), facts in found.items()]
     if handler is None:
-        cells = [(d["handler"], d["domain"], str(d["ended"]), percent(d["success_rate"]),
-                  *(format_duration(d[f"p{part}_execution_ms"]) for part in (50, 95, 99)), trend_cell(d["trend_ratio"]), percent(d["retry_rate"]))
+        cells = [(d["handler"], d["domain"], str(d["ended"]), shown_rate(d["success_rate"]),
+                  *(format_duration(d[f"p{part}_execution_ms"]) for part in (50, 95, 99)), trend_cell(d["trend_ratio"]), shown_rate(d["retry_rate"]))
                  for d in documents]  # fmt: skip
         header = ("HANDLER", "DOMAIN", "ENDED", "SUCCESS", "P50", "P95", "P99", "TREND", "RETRIED")
         app.show(documents, lambda: show_table(header, cells, "nothing has ended in this time"))
@@ -10870,16 +10867,16 @@ def show_stats(document: Row) -> None:
         return
     write_out(f"  ended      {document['ended']}: {document['completed']} completed, {document['failed']} failed, {document['cancelled']} cancelled"
               + (f"; {document['imported']} of them imported" if document["imported"] else ""))  # fmt: skip
-    write_out(f"  success    {percent(document['success_rate'])}")
+    write_out(f"  success    {shown_rate(document['success_rate'])}")
     parts = ", ".join(f"p{part} {format_duration(document[f'p{part}_execution_ms'])}" for part in (50, 95, 99))
     write_out(f"  execution  mean {format_duration(document['avg_execution_ms'])}, {parts}")
     trend = document["trend_ratio"]
     write_out("  trend      " + ("too few runs to tell" if trend is None else f"{trend_cell(trend)}: the median of the later half against that of the earlier"))
-    write_out(f"  attempts   {percent(document['retry_rate'])} took more than one; {document['avg_attempts'] or '-'} on average")
+    write_out(f"  attempts   {shown_rate(document['retry_rate'])} took more than one; {document['avg_attempts'] or '-'} on average")
     show_patterns(document)
     show_judgements(document)
     if len(document["domains"]) > 1:
-        cells = [(f"  {d['domain']}", str(d["ended"]), percent(d["success_rate"]),
+        cells = [(f"  {d['domain']}", str(d["ended"]), shown_rate(d["success_rate"]),
                   *(format_duration(d[f"p{part}_execution_ms"]) for part in (50, 95))) for d in document["domains"]]  # fmt: skip
         write_out("")
         show_table(("  DOMAIN", "ENDED", "SUCCESS", "P50", "P95"), cells, "")
@@ -10893,7 +10890,7 @@ def show_patterns(document: Row) -> None:
     write_out(f"  mean time       {spark(means)}   up to {format_duration(max(means))}\n")
     top = max(day["ended"] for day in days)
     for day in days:
-        mean, rate = format_duration(day["avg_execution_ms"]), percent(day["success_rate"])
+        mean, rate = format_duration(day["avg_execution_ms"]), shown_rate(day["success_rate"])
         write_out(f"  {day['weekday']:<10} {day['ended']:>8}  {bar(day['ended'] / top, 20):<20}  {mean:>8}  {rate:>6}")
 
 
@@ -10901,7 +10898,7 @@ def show_judgements(document: Row) -> None:
     if document["calibration"]:
         write_out(f"\n  stated confidence against what came of it (Brier score {document['brier_score']:.3f}; 0 is perfect)")
         for row in document["calibration"]:
-            stated, achieved = percent(row["stated_rate"]), percent(row["achieved_rate"])
+            stated, achieved = shown_rate(row["stated_rate"]), shown_rate(row["achieved_rate"])
             write_out(f"  stated {stated:>6}  achieved {achieved:>6}  {bar(row['achieved_rate'], 20):<20}  {counted(row['runs'], 'run')}")
     if document["failures"]:
         write_out("\n  failures by reason")
@@ -11019,11 +11016,11 @@ def show_backtest(documents: list[Row], rate: float) -> None:
             continue
         for way, label in (("grace", "grace"), ("fixed", f"fixed {format_duration(document['fixed_ms'])}"), ("mean_of_last_ten", "mean of last ten")):
             cells.append((document["handler"] if way == "grace" else "", label, format_duration(document[way]["pinball_loss_ms"]),
-                          percent(document[way]["coverage_rate"]), str(document["runs"]) if way == "grace" else ""))  # fmt: skip
+                          shown_rate(document[way]["coverage_rate"]), str(document["runs"]) if way == "grace" else ""))  # fmt: skip
     if cells or not documents:
         show_table(("HANDLER", "PREDICTED BY", "PINBALL LOSS", "COVERAGE", "RUNS"), cells, "no outcomes to test on")
     if cells:
-        write_out(f"aim: {percent(rate)} kept, at the least loss")
+        write_out(f"aim: {shown_rate(rate)} kept, at the least loss")
 
 
 def shown_progress(items: Iterable[Any], what: str) -> Iterator[Any]:
@@ -11125,7 +11122,7 @@ def rehearsed_total(rows: list[Row]) -> Row:
     fired, rehearsed = ({name: sum(row[part][name] for row in rows) for name in ("warnings", "violations", "criticals")} for part in ("fired", "rehearsed"))
     useful = sum(row["useful_warnings"] for row in rows)
     return {"tasks": sum(row["tasks"] for row in rows), "fired": fired, "rehearsed": rehearsed, "useful_warnings": useful,
-            "false_warnings": rehearsed["warnings"] - useful, "useful_rate": share(useful, rehearsed["warnings"])}  # fmt: skip
+            "false_warnings": rehearsed["warnings"] - useful, "useful_rate": part_of(useful, rehearsed["warnings"])}  # fmt: skip
 
 
 def show_rehearsal(document: Row) -> None:

@@ -239,10 +239,11 @@ CREATE TABLE task_counts (
 ) STRICT;
 
 -- What ended in each hour, by kind of task and domain, added to as it happens; it survives the tasks themselves. The coarser levels are
--- summed up from the hours once these are over: of each day and of all time, and of each hour and day for all kinds and domains together.
+-- summed up from the hours once these are over: of each day and of all time, of each hour for all kinds of a domain, and of each hour and
+-- day for all kinds and domains together.
 CREATE TABLE htm_metrics (
   level        TEXT NOT NULL CONSTRAINT metrics_level CHECK
-                 (level = 'hour' OR level = 'day' OR level = 'ever' OR level = 'hour_all' OR level = 'day_all'),
+                 (level = 'hour' OR level = 'day' OR level = 'ever' OR level = 'hour_domain' OR level = 'hour_all' OR level = 'day_all'),
   starts_at    INTEGER NOT NULL,                  -- the full hour or day (UTC) in which it ended; 0: all time
   task_type    TEXT NOT NULL,                     -- empty: all kinds together
   domain       TEXT NOT NULL,                     -- empty: all domains together
@@ -266,7 +267,7 @@ CREATE TABLE htm_metrics (
 -- How long completed runs took: a histogram for each row of htm_metrics, in buckets that are 4 % wide.
 CREATE TABLE htm_durations (
   level     TEXT NOT NULL CONSTRAINT durations_level CHECK
-                 (level = 'hour' OR level = 'day' OR level = 'ever' OR level = 'hour_all' OR level = 'day_all'),
+                 (level = 'hour' OR level = 'day' OR level = 'ever' OR level = 'hour_domain' OR level = 'hour_all' OR level = 'day_all'),
   starts_at INTEGER NOT NULL,
   task_type TEXT NOT NULL,
   domain    TEXT NOT NULL,

@@ -257,7 +257,7 @@ def test_one_handler_is_a_page_of_eighty_columns(past: Past, place: Place, modul
                   confidence=0.9, domain="a" * 20 if number % 2 else "b")  # fmt: skip
     shown = place.ok("learn", "stats", "--handler", "work").out
     assert max(map(len, shown.splitlines())) <= 80
-    for word in ("success    75.0%", "by hour", "monday", "Brier", "exit 3", "p95"):
+    for word in ("success    75.0 %", "by hour", "monday", "Brier", "exit 3", "p95"):
         assert word in shown
     place.handler("idle", "--", "true")
     assert "nothing has ended" in place.ok("learn", "stats", "--handler", "idle").out
