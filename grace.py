@@ -24,6 +24,7 @@ The file reads downwards; a section uses only those above it (`grep -n '^# ===' 
     ladder        what is due, and the steps
     statistics    what ended by the hour, histograms, percentiles, counting anew
     learning      outcomes, past runs, SLAs that follow from them
+    forecast      when a task will start and be done, and what would save it
     intents       rows, links to tasks
     lifecycle     submit, start, finish, cancel, retry, recover, repair: the functions that write across sections
     processes     logs, starting, watching and ending process groups
@@ -1691,6 +1692,7 @@ SETTINGS: dict[str, tuple[str, int, str]] = {
     "consent.pause": ("duration", 5 * MINUTE, "How long a program that was denied three times in a row may not ask."),
     "consent.task_answer": ("duration", DAY, "How long a daemon's question for one of its tasks waits for an answer."),
     "vault.argon2_memory": ("memory", 256 << 20, "Memory that unlocking a new key file costs (64 MiB to 1 GiB)."),
+    "forecast.every": ("duration", 10 * SECOND, "How often, at most, a daemon looks whether tasks are going to miss their SLA."),
     "daemon.heartbeat_every": ("duration", 10 * SECOND, "How often a daemon writes that its loop goes on."),
     "learn.rate": ("ratio", 9500, "The share of runs that a suggested SLA is to hold for."),
     "learn.adapt": ("switch", 0, "Whether daemons let the SLAs of handlers follow their runs."),
@@ -1832,6 +1834,8 @@ def event_document(row: Row) -> Row:
     if row["topic"].startswith(OWN_TOPICS):
         for key in [key for key in payload if key.endswith("_at") or key == "sla_deadline"]:
             payload[key] = format_instant(payload[key])
+        for one in payload.get("advice", ()):
+            one["predicted_finish_at"] = format_instant(one["predicted_finish_at"])
     return {"id": event_id(row["seq"]), "topic": row["topic"], "source": row["source"],
             "created_at": format_instant(row["created_at"]), "payload": payload}  # fmt: skip
 
@@ -1947,6 +1951,10 @@ def boot_id() -> str:
             return file.read().strip()
     except OSError:
         return "unknown"
+
+
+def processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def stat_fields(pid: int) -> list[str]:
@@ -2066,6 +2074,43 @@ def soften(before: Softness) -> None:
 
     os.umask(before[0])
     resource.setrlimit(resource.RLIMIT_CORE, before[1])
+
+
+BURIED = b"dead"  # in the lock file of a worker that somebody else has found dead and holds the lock of
+
+
+def is_alive(worker: Row) -> bool:
+    """Whether a worker still holds the lock on its file."""
+    lock = seize(worker)
+    if lock is None:
+        with contextlib.suppress(OSError), open(worker["lock_path"], "rb") as file:
+            return file.read(len(BURIED)) != BURIED
+        return True
+    if lock >= 0:
+        os.close(lock)
+    return False
+
+
+def seize(worker: Row) -> int | None:
+    """The lock of a dead worker, now ours; None while it lives, -1 when the file is gone and so is the process."""
+    try:
+        fd = os.open(worker["lock_path"], os.O_RDWR)
+    except OSError:
+        return None if worker["boot_id"] == boot_id() and "grace" in command_of(worker["pid"]) else -1
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return fd
+    except OSError:
+        os.close(fd)
+        return None
+
+
+def command_of(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""
 
 
 # =====================================================================================================================
@@ -6115,6 +6160,764 @@ def rehearse(reader: Reader, handler: str | None, since: int, warn_at: float, cr
 
 
 # =====================================================================================================================
+# forecast
+# When a task will start and be done: free slots, what is left of the running work, what is ahead of it, and how long runs
+# of each handler have taken, played through. The same play with one thing changed says what would save a task from missing
+# its SLA. Where something that this rests on is not known, there is no forecast but the reason.
+
+NEEDED_RUNS, ENOUGH_RUNS = 10, 200  # fewer say nothing; of more, the newest say it
+LOOK_BACK, LOOK_FAR_BACK = 7 * DAY, 90 * DAY  # where these have too few runs, those
+LEARNED_FOR = 10 * MINUTE
+WINDOW = 200  # how much of the queue is played through; what is further back is reckoned from the numbers ahead of it
+NEAR, CLOSER = 64, 1000  # how many ahead are counted while somebody waits for his submission; when that seems to be late
+COUNTED_AHEAD = 10_000  # how many are counted otherwise; beyond that, live counts
+CAUTIOUS = 1.28  # standard deviations: nine of ten end earlier
+KNOWN_DURATIONS = """SELECT f.*, (SELECT COALESCE(SUM(n), 0) FROM task_counts WHERE handler = :handler AND status = 'completed') AS completed_now
+  FROM handler_forecasts f WHERE f.handler = :handler"""
+COMPLETED_OF = "SELECT COALESCE(SUM(n), 0) AS n FROM task_counts WHERE handler = :handler AND status = 'completed'"
+DURATIONS_OF = """WITH RECURSIVE spans (at) AS (SELECT :newest UNION ALL SELECT at - :span FROM spans WHERE at > :oldest)
+  SELECT s.at, d.bucket, SUM(d.n) AS n FROM spans s CROSS JOIN htm_durations d -- CROSS so that each span is found by the key
+  WHERE d.level = :level AND d.starts_at = s.at AND d.task_type = :kind GROUP BY s.at, d.bucket ORDER BY s.at DESC, d.bucket"""
+KEEP_DURATIONS = """INSERT INTO handler_forecasts (handler, runs, mean_ms, sd_ms, p50_ms, p90_ms, p95_ms, histogram, completed, made_at)
+  VALUES (:handler, :runs, :mean_ms, :sd_ms, :p50_ms, :p90_ms, :p95_ms, :histogram, :completed, :made_at)
+  ON CONFLICT (handler) DO UPDATE SET runs = excluded.runs, mean_ms = excluded.mean_ms, sd_ms = excluded.sd_ms, p50_ms = excluded.p50_ms,
+    p90_ms = excluded.p90_ms, p95_ms = excluded.p95_ms, histogram = excluded.histogram, completed = excluded.completed, made_at = excluded.made_at"""
+HANDLERS_AND_COUNTS = """SELECT h.name, h.concurrency, h.paused, h.external, h.secrets, c.priority, SUM(c.n) AS n
+  FROM handlers h LEFT JOIN task_counts c ON c.handler = h.name AND c.status = 'queued' AND c.n > 0 GROUP BY h.name, c.priority"""
+CLAIMING_DAEMONS = "SELECT worker_id, pid, lock_path, boot_id, slots, handlers FROM workers WHERE stopped_at IS NULL AND kind = 'daemon' AND state = 'running'"
+ACTIVE_NOW = """SELECT t.task_id, t.intent_id, t.handler, t.task_type, t.goal, t.domain, t.status, t.priority, t.queued_at, t.sla_ms, t.sla_deadline,
+    t.warn_at, t.escalation_level, t.set_aside, t.forecast_at, t.started_at, t.finished_at, a.worker_id, a.lease_ms
+  FROM htm_task_attempts a CROSS JOIN htm_tasks t WHERE t.task_id = a.task_id AND a.finished_at IS NULL"""
+EXTERNAL_SEEN = """SELECT t.assigned_worker AS worker FROM outcome_records o JOIN htm_tasks t ON t.task_id = o.task_id
+  WHERE o.handler = :name AND o.created_at >= :since AND t.assigned_worker IS NOT NULL ORDER BY o.created_at DESC LIMIT 50"""
+IN_LINE = """SELECT task_id, intent_id, handler, task_type, goal, domain, status, priority, rank, order_at, seq, aged_at, available_at, queued_at,
+    sla_ms, sla_deadline, warn_at, escalation_level, set_aside, forecast_at, started_at, finished_at, reason
+  FROM htm_tasks WHERE handler = :name AND status = 'queued' AND available_at IS NULL ORDER BY rank, order_at, seq LIMIT :n"""
+IN_CLASS = IN_LINE.replace(" ORDER BY", " AND rank = :rank ORDER BY")
+NOT_BEFORE = IN_LINE.partition("FROM htm_tasks")[0] + """FROM htm_tasks WHERE available_at IS NOT NULL AND status = 'queued' AND handler IS NOT NULL
+  ORDER BY available_at LIMIT :n"""
+AHEAD_OF = """SELECT COUNT(*) AS n FROM (SELECT 1 FROM htm_tasks WHERE handler = :name AND status = 'queued' AND available_at IS NULL
+  AND (rank, order_at, seq) < (:rank, :order_at, :seq) LIMIT :n) AS ahead"""
+AHEAD_IN_CLASS = """SELECT COUNT(*) AS n FROM (SELECT 1 FROM htm_tasks WHERE handler = :name AND status = 'queued' AND available_at IS NULL
+  AND rank = :rank AND (order_at, seq) < (:order_at, :seq) LIMIT :n) AS ahead"""
+ENDS_OF_CLASS = """SELECT (SELECT order_at FROM htm_tasks WHERE handler = :name AND status = 'queued' AND available_at IS NULL AND rank = :rank
+    ORDER BY order_at LIMIT 1) AS first,
+  (SELECT order_at FROM htm_tasks WHERE handler = :name AND status = 'queued' AND available_at IS NULL AND rank = :rank
+    ORDER BY order_at DESC LIMIT 1) AS last"""
+LAST_TASK = "SELECT MAX(seq) AS seq FROM htm_tasks"
+FORETELL = """UPDATE htm_tasks SET forecast_at = :now
+  WHERE task_id = :task_id AND forecast_at IS NULL AND escalation_level = 0 AND finished_at IS NULL RETURNING task_id"""
+
+
+# ---- what was learned
+
+
+def learned_durations(reader: Reader, handler: str, now: int) -> Row:
+    """What the newest runs of a handler took; summed up afresh when that is old, and kept where we may write."""
+    known = reader.one(KNOWN_DURATIONS, handler=handler)
+    if known is not None:
+        fresh, more = known["completed_now"] - known["completed"], known["runs"] if says_enough(known) else NEEDED_RUNS - known["runs"]
+        if 0 <= now - known["made_at"] < LEARNED_FOR and 0 <= fresh < more:
+            return known
+    made = {"handler": handler, **summed_up(recent_durations(reader, handler, now)), "made_at": now,
+            "completed": known["completed_now"] if known else reader.value(COMPLETED_OF, handler=handler)}  # fmt: skip
+    if isinstance(reader, Tx):
+        reader.run(KEEP_DURATIONS, **made)
+    return made
+
+
+def recent_durations(reader: Reader, kind: str, now: int) -> list[tuple[int, int]]:
+    """The histogram of the newest runs of a kind of task: about two hundred of the last week, or where that has hardly any, of ninety days."""
+    hour, day = now - now % HOUR, now - now % DAY
+    rows = reader.all(DURATIONS_OF, level="hour", span=HOUR, newest=hour + DAY, oldest=hour - LOOK_BACK, kind=kind)  # a day more: clocks step back
+    if sum(row["n"] for row in rows) < NEEDED_RUNS:
+        folded = int(reader.value(FOLDED_UNTIL) or 0)
+        days = reader.all(DURATIONS_OF, level="day", span=DAY, newest=day + DAY, oldest=day - LOOK_FAR_BACK, kind=kind)
+        rows = [row for row in rows if row["at"] >= folded] + days
+    histogram: dict[int, int] = {}
+    last = None
+    for row in rows:
+        if row["at"] != last and sum(histogram.values()) >= ENOUGH_RUNS:
+            break
+        last = row["at"]
+        histogram[row["bucket"]] = histogram.get(row["bucket"], 0) + row["n"]
+    return sorted(histogram.items())
+
+
+def summed_up(histogram: list[tuple[int, int]]) -> Row:
+    """The figures (ms) of a histogram that forecasts go by; null where it is empty."""
+    runs = sum(n for _, n in histogram)
+    mean = sum(bucket_middle(bucket) * n for bucket, n in histogram) / runs if runs else None
+    spread = math.sqrt(sum((bucket_middle(bucket) - mean) ** 2 * n for bucket, n in histogram) / runs) if mean is not None else None
+    return {"runs": runs, "mean_ms": mean, "sd_ms": spread, "histogram": to_json(histogram),
+            **{f"p{part}_ms": percentile(histogram, part / 100) for part in (50, 90, 95)}}  # fmt: skip
+
+
+def says_enough(learned: Row | None) -> bool:
+    return learned is not None and bool(learned["runs"] >= NEEDED_RUNS)
+
+
+def remaining_ms(histogram: list[tuple[int, int]], elapsed: int, part: float = 0.5) -> float:
+    """What is left of a run that has taken so long already: as in those that took longer; half as long again when none did.
+
+    (The longer something has lasted beyond all experience, the longer it will; a tenth more, say, would never be foretold before 80 % of an SLA.)"""
+    longer = [(bucket, n) for bucket, n in histogram if bucket_middle(bucket) > elapsed]
+    whole = percentile(longer, part)
+    return whole - elapsed if whole is not None else max(1.0, elapsed / 2)
+
+
+# ---- the world as it is: slots, running work, handlers
+
+
+def gather(reader: Reader, now: int, own: str | None = None, learned: Row | None = None) -> Row:
+    """All that a forecast rests on but the queue itself: handlers, their live counts, slots, and running work with what is left of it.
+
+    `own` names a handler that is asked about, whether any of its tasks are counted or not; `learned` is what is known of it."""
+    world: Row = {"now": now, "handlers": {}, "learned": {}, "counts": {}, "serving": {}, "unlearned": set(), "unknown_ms": math.inf,
+                  "age_every": setting(reader, "queue.age_every")}  # fmt: skip
+    for row in reader.all(HANDLERS_AND_COUNTS):
+        world["handlers"][row["name"]] = row
+        if row["n"]:
+            world["counts"].setdefault(row["name"], {})[row["priority"]] = row["n"]
+    if own is not None:
+        world["counts"].setdefault(own, {})
+    if learned is not None:
+        world["learned"][own] = {**learned, "enough": says_enough(learned)}
+    for name in world["counts"]:
+        learn_of(reader, world, name)
+    add_active(reader, world)
+    return world
+
+
+def learn_of(reader: Reader, world: Row, name: str | None) -> Row | None:
+    """What is known of a handler's durations, and None where too little is."""
+    if name is None:
+        return None
+    if name not in world["learned"]:
+        learned = learned_durations(reader, name, world["now"])
+        world["learned"][name] = {**learned, "enough": says_enough(learned)}
+    return world["learned"][name] if world["learned"][name]["enough"] else None
+
+
+def add_active(reader: Reader, world: Row) -> None:
+    """The slots of living daemons, each with the instant when it is free, and one for each external worker seen within the last hour."""
+    active = reader.all(ACTIVE_NOW)
+    for row in active:
+        row["end"] = end_of(learn_of(reader, world, row["handler"]), row, world["now"])
+        if row["end"][0] == math.inf:
+            world["unlearned"].add(row["handler"] or "grace run")
+    world["active"] = active
+    world["pools"] = [pool_of(row["slots"], [one for one in active if one["worker_id"] == row["worker_id"]],
+                              frozenset(json.loads(row["handlers"])) if row["handlers"] else None, None, world["now"])
+                      for row in reader.all(CLAIMING_DAEMONS) if alive_lately(row)]  # fmt: skip
+    for name in world["counts"]:
+        if (world["handlers"].get(name) or HANDLER_DEFAULTS)["external"]:
+            mine = [row for row in active if row["handler"] == name and row["lease_ms"] is not None]
+            seen = {row["worker_id"] for row in mine} | {row["worker"] for row in reader.all(EXTERNAL_SEEN, name=name, since=world["now"] - HOUR)}
+            world["pools"].append(pool_of(len(seen), mine, None, name, world["now"]))
+
+
+def alive_lately(worker: Row) -> bool:
+    """Whether a worker lives, asked of the kernel once a second: whoever submits much would spend a third of a forecast on that."""
+    second = int(time.monotonic())
+    asked = _asked.get(worker["lock_path"])
+    if asked is None or asked[0] != second:
+        asked = _asked[worker["lock_path"]] = second, is_alive(worker)
+    return asked[1]
+
+
+_asked: dict[str, tuple[int, bool]] = {}
+
+
+def end_of(learned: Row | None, active: Row, now: int) -> tuple[float, float]:
+    """When an active run will probably be over, and the variance of that; infinity where nothing was learned."""
+    if learned is None:
+        return math.inf, 0.0
+    elapsed = max(0, now - active["started_at"]) if active["status"] == "running" and active["started_at"] else 0
+    return now + remaining_ms(json.loads(learned["histogram"]), elapsed), learned["sd_ms"] ** 2
+
+
+def pool_of(slots: int, active: list[Row], only: frozenset[str] | None, external: str | None, now: int) -> Row:
+    """Slots that serve the same handlers: for each when it is free, with what variance, and whose run it ends with. A rescue's extra slot is none."""
+    busy = sorted(((*row["end"], row["handler"]) for row in active), key=lambda slot: slot[0])[-slots:] if slots else []
+    return {"only": only, "external": external, "slots": [(float(now), 0.0, None)] * (slots - len(busy)) + busy}
+
+
+def serving(world: Row, name: str | None) -> list[int]:
+    """The pools whose slots take tasks of this handler."""
+    if name not in world["serving"]:
+        world["serving"][name] = [number for number, pool in enumerate(world["pools"]) if takes(pool, name, world["handlers"].get(name))]
+    found: list[int] = world["serving"][name]
+    return found
+
+
+def takes(pool: Row, name: str | None, handler: Row | None) -> bool:
+    if handler is None:
+        return False
+    if handler["external"]:
+        return bool(pool["external"] == name)
+    return pool["external"] is None and (pool["only"] is None or name in pool["only"])
+
+
+def no_forecast(world: Row, task: Row) -> tuple[str, str] | None:
+    """Code and sentence for why nothing can be said of an open task; None when something can."""
+    name, handler = task["handler"], world["handlers"].get(task["handler"])
+    learned = world["learned"].get(name)
+    if name is None:
+        return "command", "a command in the foreground or a built-in rescue has no kind of its own to learn from"
+    if handler is None:
+        return "no_handler", f"there is no handler {name}"
+    if task["status"] == "blocked":
+        return task["reason"] or "blocked", "it cannot start before what it waits for has come"
+    if learned is None or not learned["enough"]:
+        return "nothing_learned", f"nothing learned yet of {name}: needs {NEEDED_RUNS} completed runs, has {learned['runs'] if learned else 0}"
+    if task["status"] != "queued":
+        return None
+    if handler["paused"]:
+        return "handler_paused", f"its handler {name} is paused"
+    if handler["secrets"] != "[]":
+        return "waiting_consent", "when it has consent to use its secrets is for people to say"
+    if not any(world["pools"][number]["slots"] for number in serving(world, name)):
+        return no_worker(world, name, bool(handler["external"]))
+    return None
+
+
+def no_worker(world: Row, name: str, external: bool) -> tuple[str, str]:
+    if external:
+        return "external", f"no external worker of {name} was seen within the last hour"
+    if any(pool["external"] is None for pool in world["pools"]):
+        return "not_served", f"no running daemon serves {name}"
+    return "no_daemon", "no daemon runs"
+
+
+# ---- the play
+
+
+def head_of_queue(reader: Reader, world: Row, n: int) -> list[Row]:
+    """The head of the queue in the order of claims: at most n tasks of all handlers that could start, and those that become available soonest."""
+    names = [name for name in world["counts"] if goes_ahead(world, name)]
+    line = [row for name in names for row in reader.all(IN_LINE, name=name, n=n)]
+    line.sort(key=claim_order)
+    later = [row for row in reader.all(NOT_BEFORE, n=n // 5) if row["handler"] in names]
+    return line[:n] + later
+
+
+def claim_order(task: Row) -> tuple[int, int, int]:
+    return task["rank"], task["order_at"], task["seq"]
+
+
+def goes_ahead(world: Row, name: str) -> bool:
+    """Whether tasks of this handler take slots at all."""
+    handler = world["handlers"].get(name)
+    return handler is not None and not handler["paused"] and handler["secrets"] == "[]" and bool(serving(world, name))
+
+
+def climbs_of(task: Row, age_every: int) -> list[tuple[int, int]]:
+    """The instants at which a queued task moves up, and to which rank."""
+    if task["set_aside"]:
+        return []
+    if task["sla_ms"] is None:
+        return [(task["aged_at"] + step * age_every, task["rank"] - step) for step in range(1, task["rank"] + 1)]
+    start, sla = task["queued_at"], task["sla_ms"]
+    return [(at, rank) for at, rank in ((start + sla // 2, 1), (start + sla * 4 // 5, 0)) if rank < task["rank"]]
+
+
+class Play:
+    """The queue played through: runs end, tasks become available and climb, and whatever slot is free takes the first that it may."""
+
+    def __init__(self, world: Row, line: list[Row]):
+        self.world, self.line, self.ranks = world, line, [task["rank"] for task in line]
+        self.starts: dict[str, tuple[float, float]] = {}
+        self.heaps: dict[str, list[tuple[int, int, int, int]]] = {}
+        self.idle: list[list[float]] = [[] for _ in world["pools"]]
+        self.room = {name: row["concurrency"] for name, row in world["handlers"].items() if row["concurrency"] is not None}
+        self.events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self.added = 0  # events that are due at one instant happen in this order
+        self.pools = {name: serving(world, name) for name in {task["handler"] for task in line}}
+        self._seat_active()
+        self._line_up()
+
+    def _at(self, instant: float, what: Callable[..., None], *facts: Any) -> None:
+        from heapq import heappush
+
+        if instant < math.inf:
+            self.added += 1
+            heappush(self.events, (instant, self.added, what, facts))
+
+    def _seat_active(self) -> None:
+        for row in self.world["active"]:
+            if row["handler"] in self.room:
+                self.room[row["handler"]] -= 1
+                self._at(row["end"][0], self._make_room, row["handler"])
+        for number, pool in enumerate(self.world["pools"]):
+            for at, variance, _ in pool["slots"]:
+                self._at(at, self._free, number, variance)
+
+    def _line_up(self) -> None:
+        from heapq import heapify
+
+        for number, task in enumerate(self.line):
+            if task["available_at"] is not None:
+                self._at(task["available_at"], self._enter, number)
+            else:
+                self.heaps.setdefault(task["handler"], []).append((task["rank"], task["order_at"], task["seq"], number))
+            for at, rank in climbs_of(task, self.world["age_every"]):
+                self._at(at, self._climb, number, rank)
+        for heap in self.heaps.values():
+            heapify(heap)
+
+    def _make_room(self, name: str) -> None:
+        if name in self.room:
+            self.room[name] += 1
+
+    def _free(self, pool: int, variance: float) -> None:
+        self.idle[pool].append(variance)
+
+    def _enter(self, number: int) -> None:
+        from heapq import heappush
+
+        task = self.line[number]
+        heappush(self.heaps.setdefault(task["handler"], []), (self.ranks[number], task["order_at"], task["seq"], number))
+
+    def _climb(self, number: int, rank: int) -> None:
+        if rank < self.ranks[number] and self.line[number]["task_id"] not in self.starts:
+            self.ranks[number] = rank
+            if self.line[number]["available_at"] is None:
+                self._enter(number)
+
+    def _end(self, pool: int, variance: float, name: str) -> None:
+        self._free(pool, variance)
+        self._make_room(name)
+
+    def run(self, until: str | None = None) -> dict[str, tuple[float, float]]:
+        """When each task starts (ms since 1970), and the variance of that; one that never would is not in it. `until` that task has started."""
+        from heapq import heappop
+
+        while self.events and until not in self.starts and len(self.starts) < len(self.line):
+            now = self.events[0][0]
+            while self.events and self.events[0][0] <= now:
+                _, _, what, facts = heappop(self.events)
+                what(*facts)
+            self._claim(max(now, self.world["now"]))
+        return self.starts
+
+    def _claim(self, now: float) -> None:
+        from heapq import heappop
+
+        while (first := self._first()) is not None:
+            entry, name, pool = first
+            heappop(self.heaps[name])
+            variance = self.idle[pool].pop()
+            self.starts[self.line[entry[3]]["task_id"]] = now, variance
+            self._occupy(now, name, pool, variance)
+
+    def _occupy(self, now: float, name: str, pool: int, variance: float) -> None:
+        learned = self.world["learned"].get(name)
+        if name in self.room:
+            self.room[name] -= 1
+        if learned is not None and learned["enough"]:
+            self._at(now + learned["mean_ms"], self._end, pool, variance + learned["sd_ms"] ** 2, name)
+        else:
+            self._at(now + self.world["unknown_ms"], self._end, pool, variance, name)
+
+    def _first(self) -> tuple[tuple[int, int, int, int], str, int] | None:
+        """The task that a free slot takes next, with its handler and the slot's pool."""
+        from heapq import heappop
+
+        best: tuple[tuple[int, int, int, int], str, int] | None = None
+        for name, heap in self.heaps.items():
+            pool = next((number for number in self.pools[name] if self.idle[number]), None)
+            if pool is None or self.room.get(name, 1) <= 0:
+                continue
+            while heap and (heap[0][0] != self.ranks[heap[0][3]] or self.line[heap[0][3]]["task_id"] in self.starts):
+                heappop(heap)
+            if heap and (best is None or heap[0] < best[0]):
+                best = heap[0], name, pool
+        return best
+
+
+def played(world: Row, line: list[Row], until: str | None = None) -> dict[str, tuple[float, float, float]]:
+    """For each task that will start: when, the variance of that, and when at the earliest if what has no history took no time at all."""
+    starts = Play(world, line).run(until)
+    unlearned = world["unlearned"] | {task["handler"] for task in line if learned_here(world, task["handler"]) is None}
+    hopeful = Play(hopefully(world), line).run(until) if unlearned else starts
+    late = (math.inf, 0.0)
+    return {task_id: (*starts.get(task_id, late), at) for task_id, (at, _) in hopeful.items()}
+
+
+def learned_here(world: Row, name: str | None) -> Row | None:
+    learned: Row | None = world["learned"].get(name)
+    return learned if learned is not None and learned["enough"] else None
+
+
+def hopefully(world: Row) -> Row:
+    """The same world in which work that nothing is known of is over at once."""
+    soon = {"end": (world["now"], 0.0)}
+    active = [{**row, **(soon if row["end"][0] == math.inf else {})} for row in world["active"]]
+    pools = [{**pool, "slots": [(world["now"], *slot[1:]) if slot[0] == math.inf else slot for slot in pool["slots"]]} for pool in world["pools"]]
+    return {**world, "active": active, "pools": pools, "unknown_ms": 0.0}
+
+
+def ahead_of(reader: Reader, world: Row, task: Row, most: int) -> dict[str, int]:
+    """How many tasks of each handler are claimed before this one: counted up to `most` of each, beyond that by its place in its class."""
+    ahead = {}
+    for name, counts in world["counts"].items():
+        if not counts or not shares_slots(world, name, task["handler"]):
+            continue
+        n = reader.value(AHEAD_OF, name=name, rank=task["rank"], order_at=task["order_at"], seq=task["seq"], n=most)
+        if n >= most:
+            n = max(n, sum(counts.get(priority, 0) for priority in PRIORITIES[: task["rank"]])
+                    + round(share_ahead(reader, name, task, task["rank"]) * counts.get(PRIORITIES[task["rank"]], 0)))  # fmt: skip
+        if n:
+            ahead[name] = n
+    return ahead
+
+
+def ahead_when_climbed(reader: Reader, world: Row, task: Row, rank: int, most: int) -> dict[str, int]:
+    """The same once this task has climbed to a class: what is before it there, and of the classes below what has less time, which climbs as well."""
+    ahead = ahead_of(reader, world, {**task, "rank": rank}, most)
+    for name, counts in world["counts"].items():
+        for below in [below for below in range(rank + 1, len(PRIORITIES)) if counts.get(PRIORITIES[below]) and shares_slots(world, name, task["handler"])]:
+            n = reader.value(AHEAD_IN_CLASS, name=name, rank=below, order_at=task["order_at"], seq=task["seq"], n=most)
+            n = n if n < most else max(n, round(share_ahead(reader, name, task, below) * counts[PRIORITIES[below]]))
+            ahead[name] = ahead.get(name, 0) + n
+    return ahead
+
+
+def share_ahead(reader: Reader, name: str, task: Row, rank: int) -> float:
+    """Which part of a handler's tasks of a class has less time than this one, as if they lay evenly between the first and the last."""
+    ends = reader.one(ENDS_OF_CLASS, name=name, rank=rank) or {"first": None}
+    if ends["first"] is None:
+        return 0.0
+    share: float = (task["order_at"] - ends["first"]) / max(1, ends["last"] - ends["first"])
+    return min(1.0, max(0.0, share))
+
+
+def shares_slots(world: Row, name: str, other: str | None) -> bool:
+    return goes_ahead(world, name) and bool(set(serving(world, name)) & set(serving(world, other)))
+
+
+def reckoned(world: Row, name: str, ahead: dict[str, int]) -> tuple[float, float]:
+    """When a task starts that has so many of each handler ahead of it, and the variance of that: as if those ahead took their mean each."""
+    slots = sorted((at, variance) for number in serving(world, name) for at, variance, _ in world["pools"][number]["slots"])
+    frees = [at for at, _ in slots if at < math.inf]
+    limits = {other: room for other in ahead if (room := world["handlers"][other]["concurrency"]) is not None}
+    while frees and (held := slowest(world, {other: ahead[other] for other in limits if other != name and other in ahead}, limits, ahead, len(frees))):
+        frees, ahead = frees[: max(1, len(frees) - limits[held])], {other: n for other, n in ahead.items() if other != held}
+    start, variance = nth_start(world, frees, ahead)
+    if world["handlers"][name]["concurrency"] is not None:
+        places = world["handlers"][name]["concurrency"]
+        busy = sorted(row["end"][0] for row in world["active"] if row["handler"] == name)[-places:]
+        own = [float(world["now"])] * (places - len(busy)) + [at for at in busy if at < math.inf]
+        start, variance = max((start, variance), nth_start(world, own, {name: ahead.get(name, 0)}))
+    return start, variance + (slots[0][1] if slots else 0.0)
+
+
+def slowest(world: Row, waiting: dict[str, int], limits: dict[str, int], ahead: dict[str, int], slots: int) -> str | None:
+    """A handler whose own limit keeps it busy longer than all that is ahead takes: it holds its places throughout, and the rest passes it by."""
+    means = {other: (learned_here(world, other) or {"mean_ms": world["unknown_ms"]})["mean_ms"] for other in ahead}
+    work = sum(n * means[other] for other, n in ahead.items())
+    alone = {other: n * means[other] / limits[other] for other, n in waiting.items()}
+    held = max(alone, key=alone.__getitem__, default=None)
+    return held if held is not None and limits[held] < slots and alone[held] > work / slots else None
+
+
+def nth_start(world: Row, frees: list[float], ahead: dict[str, int]) -> tuple[float, float]:
+    """When the first slot is free after `ahead` have been given to slots that are free at these instants; those of unknown length keep theirs."""
+    from heapq import heapify, heapreplace
+
+    known = [(learned, n) for name, n in ahead.items() if (learned := learned_here(world, name))]
+    if world["unknown_ms"]:
+        frees = sorted(frees)[sum(n for name, n in ahead.items() if not learned_here(world, name)) :]
+    if not frees:
+        return math.inf, 0.0
+    n = sum(n for _, n in known)
+    mean = sum(n * learned["mean_ms"] for learned, n in known) / n if n else 0.0
+    variance = sum(n * learned["sd_ms"] ** 2 for learned, n in known) / len(frees) ** 2
+    heapify(frees)
+    for _ in range(min(n, 2 * len(frees))):
+        heapreplace(frees, frees[0] + mean)
+    rounds, rest = divmod(max(0, n - 2 * len(frees)), len(frees))
+    return max(world["now"], sorted(frees)[rest] + rounds * mean), variance
+
+
+def forecast_of(world: Row, task: Row, start: tuple[float, float, float]) -> Row | None:
+    """Start, probable and cautious finish of a queued task, and whether it misses its SLA: null where that hangs on what is not known."""
+    learned, (at, variance, hopeful) = world["learned"][task["handler"]], start
+    if at == math.inf:
+        return None
+    middle, deadline = learned["p50_ms"], task["sla_deadline"]
+    margin = math.sqrt(CAUTIOUS**2 * variance + (learned["p90_ms"] - middle) ** 2)
+    misses = None if deadline is None else True if hopeful + middle > deadline else False if at + middle <= deadline else None
+    return {"start_at": round(at), "finish_at": round(at + middle), "finish_by_at": round(at + middle + margin), "miss": misses}
+
+
+def forecast_of_running(world: Row, task: Row) -> Row:
+    """The same of a task that runs: what is left is what was left of those runs that took as long."""
+    learned, deadline, now = world["learned"][task["handler"]], task["sla_deadline"], world["now"]
+    started = task["started_at"] if task["status"] == "running" else now
+    histogram, elapsed = json.loads(learned["histogram"]), max(0, now - started)
+    finish, by = (now + remaining_ms(histogram, elapsed, part) for part in (0.5, 0.9))
+    return {"start_at": started, "finish_at": round(finish), "finish_by_at": round(by), "miss": None if deadline is None else finish > deadline}
+
+
+NEVER = (math.inf, 0.0, math.inf)
+WAYS = (1, 2, 4, 8, 16)  # so many workers or places more are tried
+
+
+def start_of(reader: Reader, world: Row, line: list[Row], task: Row, most: int, counted: dict[int, dict[str, int]]) -> tuple[float, float, float]:
+    """When a queued task will start: played through where it stands in the line, else reckoned from the numbers ahead of it, which `counted` keeps."""
+    if any(row["task_id"] == task["task_id"] for row in line):
+        return played(world, [task if row["task_id"] == task["task_id"] else row for row in line], task["task_id"]).get(task["task_id"], NEVER)
+    if task["rank"] not in counted:
+        counted[task["rank"]] = ahead_of(reader, world, task, most)
+    start = reckoned_start(world, task, counted[task["rank"]])
+    for at, rank in climbs_of(task, world["age_every"]) if task["sla_ms"] is not None else ():
+        if start[0] > at:
+            climbed = reckoned_start(world, task, ahead_when_climbed(reader, world, task, rank, most))
+            start = min(start, (max(at, climbed[0]), climbed[1], max(at, climbed[2])))
+    return start
+
+
+def reckoned_start(world: Row, task: Row, ahead: dict[str, int]) -> tuple[float, float, float]:
+    at, variance = reckoned(world, task["handler"], ahead)
+    unlearned = bool(world["unlearned"]) or any(learned_here(world, name) is None for name in ahead)
+    hopeful = reckoned(hopefully(world), task["handler"], ahead)[0] if unlearned else at
+    soonest = task["available_at"] or 0
+    return max(at, soonest), variance, max(hopeful, soonest)
+
+
+def foresee(reader: Reader, world: Row, line: list[Row], task: Row, most: int = COUNTED_AHEAD) -> Row:
+    """All that can be said of an open task: `start_at`, `finish_at`, `finish_by_at`, `miss`, `basis`, and `reason` with `text` where there is no forecast."""
+    learn_of(reader, world, task["handler"])
+    blank: Row = {"start_at": None, "finish_at": None, "finish_by_at": None, "miss": None, "reason": None, "text": None, "basis": None, "advice": []}
+    if why := no_forecast(world, task):
+        return {**blank, "reason": why[0], "text": why[1]}
+    ahead = ahead_of(reader, world, task, most) if task["status"] == "queued" else {}
+    blank["basis"] = basis_of(world, task, sum(ahead.values()))
+    if task["status"] == "queued":
+        forecast = forecast_of(world, task, start_of(reader, world, line, task, most, {task["rank"]: ahead}))
+    else:
+        forecast = forecast_of_running(world, task)
+    if forecast is None:
+        return {**blank, "reason": "nothing_learned_ahead", "text": unlearned_text(world, ahead)}
+    advice = advice_for(reader, world, line, task, forecast["finish_at"], most) if forecast["miss"] and task["status"] == "queued" else []
+    return {**blank, **forecast, "advice": advice}
+
+
+def unlearned_text(world: Row, ahead: Iterable[str]) -> str:
+    names = sorted({name for name in ahead if learned_here(world, name) is None} | world["unlearned"])
+    return f"nothing learned yet of {', '.join(names)}, which it waits for" if names else "no slot becomes free for it"
+
+
+def basis_of(world: Row, task: Row, ahead: int) -> Row:
+    learned = world["learned"][task["handler"]]
+    slots = sum(len(world["pools"][number]["slots"]) for number in serving(world, task["handler"]))
+    return {"runs": learned["runs"], "p50_ms": round(learned["p50_ms"]), "p95_ms": round(learned["p95_ms"]), "slots": slots, "ahead": ahead}
+
+
+def queue_forecasts(reader: Reader, now: int, priority: str | None, name: str | None, limit: int) -> list[tuple[Row, Row]]:
+    """The queue in the order of claims, those not yet available last: each task with what is foreseen of it."""
+    world = gather(reader, now)
+    shown = queued_tasks(reader, world, priority, name, limit)
+    line = head_of_queue(reader, world, WINDOW)
+    near = {row["task_id"] for row in line}
+    starts = played(world, line) if any(row["task_id"] in near for row in shown) else {}
+    found: list[tuple[Row, Row]] = []
+    ahead: dict[str, dict[str, int]] = {}  # of those that lie too far back to be played through: counted for each handler's first, then added to
+    for row in shown:
+        if row["task_id"] not in near and no_forecast(world, row) is None:
+            mine = ahead.setdefault(row["handler"], {}) or ahead_of(reader, world, row, COUNTED_AHEAD)
+            starts[row["task_id"]] = start_of(reader, world, [], row, NEAR, {row["rank"]: mine})
+            ahead[row["handler"]] = mine
+            for counted_ahead in ahead.values():
+                counted_ahead[row["handler"]] = counted_ahead.get(row["handler"], 0) + 1
+        found.append((row, queue_forecast(reader, world, row, starts.get(row["task_id"], NEVER))))
+    return found
+
+
+def queued_tasks(reader: Reader, world: Row, priority: str | None, name: str | None, limit: int) -> list[Row]:
+    names = [other for other in world["counts"] if name in (None, other)]
+    if priority is None:
+        rows = [row for other in names for row in reader.all(IN_LINE, name=other, n=limit)]
+    else:
+        rows = [row for other in names for row in reader.all(IN_CLASS, name=other, rank=PRIORITIES.index(priority), n=limit)]
+    rows.sort(key=claim_order)
+    if len(rows) < limit:
+        rows += [row for row in reader.all(NOT_BEFORE, n=limit) if name in (None, row["handler"]) and priority in (None, row["priority"])]
+    return rows[:limit]
+
+
+def queue_forecast(reader: Reader, world: Row, task: Row, start: tuple[float, float, float]) -> Row:
+    """What is foreseen of one task of the queue that is to start then; advice is reckoned, since a play for each would take too long."""
+    why = no_forecast(world, task)
+    forecast = None if why else forecast_of(world, task, start)
+    if forecast is None:
+        code, text = why or ("nothing_learned_ahead", unlearned_text(world, world["counts"]))
+        return {"start_at": None, "finish_at": None, "miss": None, "reason": code, "text": text, "advice": []}
+    advice = advice_for(reader, world, [], task, forecast["finish_at"], NEAR) if forecast["miss"] else []
+    return {**forecast, "reason": None, "text": None, "advice": advice}
+
+
+# ---- what would save it
+
+
+def advice_for(reader: Reader, world: Row, line: list[Row], task: Row, finish: int | None, most: int) -> list[Row]:
+    """What would let a task meet its SLA, each by itself, as forecast with that change; else the best there is, and the SLA that would be met."""
+    best: list[Row] = []
+    counted: dict[int, dict[str, int]] = {}
+    for action, variants in ways_out(world, task):
+        tried = []
+        for text, changed, moved in variants:
+            forecast = forecast_of(changed, moved, start_of(reader, changed, line, moved, most, counted))
+            if forecast is not None and (finish is None or forecast["finish_at"] < finish):
+                tried.append({"action": action, "text": text, "predicted_finish_at": forecast["finish_at"], "saves": forecast["miss"] is not True})
+                if tried[-1]["saves"]:
+                    break
+        best += [min(tried, key=lambda one: one["predicted_finish_at"])] if tried else []
+    saving = [one for one in best if one["saves"]]
+    if saving or finish is None:
+        return saving or best
+    least = sorted(best, key=lambda one: one["predicted_finish_at"])[:1]
+    return [*least, longer_sla(task, finish)]
+
+
+def longer_sla(task: Row, finish: int) -> Row:
+    """An SLA that the forecast meets, with a fifth to spare, in units that people use."""
+    need = (finish - task["queued_at"]) * 6 / 5
+    unit = SECOND if need < HOUR else MINUTE if need < DAY else HOUR
+    sla = max(unit, math.ceil(need / unit) * unit)
+    return {"action": "sla", "text": f"an SLA of {format_duration(sla)} would be met", "predicted_finish_at": finish, "saves": True}
+
+
+Way = tuple[str, Row, Row]  # how it is said, the world and the task with that change
+
+
+def ways_out(world: Row, task: Row) -> Iterator[tuple[str, Iterator[Way]]]:
+    """Changes that somebody could make, by kind, the smallest first."""
+    name = task["handler"]
+    handler = world["handlers"][name]
+    if handler["paused"]:
+        yield "resume", iter([(f"grace handler resume {name}", {**world, "handlers": {**world["handlers"], name: {**handler, "paused": 0}}}, task)])
+        return
+    if not handler["external"] and not any(pool["external"] is None for pool in world["pools"]):
+        yield "start_daemon", iter([("grace daemon", more_workers(world, name, processors()), task)])
+        return
+    yield "priority", ((f"--priority {word}", world, {**task, "priority": word, "rank": rank})
+                       for rank, word in ((1, "high"), (0, "critical")) if rank < task["rank"])  # fmt: skip
+    yield "workers", ((several_workers(n, bool(handler["external"])), more_workers(world, name, n), task) for n in WAYS)
+    if handler["concurrency"] is not None:
+        yield "concurrency", ((f"--concurrency {handler['concurrency'] + n} for {name}",
+                               {**world, "handlers": {**world["handlers"], name: {**handler, "concurrency": handler["concurrency"] + n}}}, task)
+                              for n in WAYS)  # fmt: skip
+
+
+def several_workers(n: int, external: bool) -> str:
+    more = f"{'one' if n == 1 else n} more {'external ' if external else ''}worker{'' if n == 1 else 's'}"
+    return more if external else f"{more} (grace daemon --workers {n})"
+
+
+def more_workers(world: Row, name: str, n: int) -> Row:
+    external = name if world["handlers"][name]["external"] else None
+    return {**world, "serving": {}, "pools": [*world["pools"], {"only": None, "external": external, "slots": [(float(world["now"]), 0.0, None)] * n}]}
+
+
+# ---- said once
+
+
+def may_be_foretold(task: Row, now: int) -> bool:
+    """Whether a forecast would still be news: not told yet, not ended, and before the ladder's first word."""
+    return (task["sla_ms"] is not None and task["forecast_at"] is None and task["escalation_level"] == 0 and task["finished_at"] is None
+            and not task["set_aside"] and now < task["queued_at"] + round(task["sla_ms"] * task["warn_at"]))  # fmt: skip
+
+
+def foretell(tx: Tx, task: Row, forecast: Row) -> bool:
+    """Write that a task is going to miss its SLA, unless that was written before or is too late; whether it was."""
+    if not may_be_foretold(task, tx.now) or not tx.run(FORETELL, task_id=task["task_id"], now=tx.now):
+        return False
+    basis = forecast["basis"]
+    emit(tx, "htm.sla.forecast", task["task_id"], {
+        "task_id": task["task_id"], "intent_id": task["intent_id"], "task_type": task["task_type"], "handler": task["handler"],
+        "domain": task["domain"], "predicted_start_at": forecast["start_at"], "predicted_finish_at": forecast["finish_at"],
+        "sla_deadline": task["sla_deadline"], "sla_ms": task["sla_ms"], "overdue_ms": forecast["finish_at"] - task["sla_deadline"],
+        "ahead": basis["ahead"], "workers": basis["slots"], "basis": basis, "advice": forecast["advice"],
+        "message": f"{task['goal'][:80]!r} {miss_sentence(task, forecast)}"})  # fmt: skip
+    return True
+
+
+def miss_sentence(task: Row, forecast: Row) -> str:
+    """What a person is told of a miss to come, without its subject."""
+    basis, late = forecast["basis"], format_duration(forecast["finish_at"] - task["sla_deadline"])
+    if task["status"] != "queued":
+        why = f"its run takes longer than the {format_duration(basis['p50_ms'])} that is usual"
+    elif basis["ahead"]:
+        why = f"{counted(basis['ahead'], 'task')} {'is' if basis['ahead'] == 1 else 'are'} ahead of it on {counted(basis['slots'], 'worker')}"
+    else:
+        wait = forecast["start_at"] - task["queued_at"]
+        why = (f"it waits {format_duration(wait)} for a worker, and " if wait >= SECOND // 10 else "") + f"a run takes {format_duration(basis['p50_ms'])}"
+    return f"will likely miss its SLA of {format_duration(task['sla_ms'])} by {late}: {why}" + advice_sentence(forecast["advice"])
+
+
+def advice_sentence(advice: list[Row]) -> str:
+    """What would help, as the end of a sentence."""
+    saving = [one["text"] for one in advice if one["saves"] and one["action"] != "sla"]
+    if saving:
+        return f"; in time with {', or '.join(saving)}"
+    if not advice:
+        return ""
+    hardly = [one for one in advice if not one["saves"]]
+    best = f"; not even with {hardly[0]['text']}" if hardly else ""
+    return best + "".join(f"; {one['text']}" for one in advice if one["action"] == "sla")
+
+
+def foresee_submission(tx: Tx, task: Row) -> Row:
+    """What is foreseen of a task that has just been written; a miss is told at once, in the same transaction."""
+    learned = learned_durations(tx, task["handler"], tx.now) if task["handler"] is not None else None
+    if not says_enough(learned):
+        return submission_forecast(None, None)
+    task = {**task, "rank": PRIORITIES.index(task["priority"]), "seq": tx.value(LAST_TASK), "forecast_at": None, "started_at": None, "finished_at": None}
+    world = gather(tx, tx.now, task["handler"], learned)
+    forecast = foresee(tx, world, [], task, NEAR)
+    if forecast["miss"]:
+        near = sum(sum(counts.values()) for counts in world["counts"].values()) < NEAR
+        line = head_of_queue(tx, world, NEAR) if near else []
+        forecast = foresee(tx, world, line, task, CLOSER)
+    if forecast["miss"]:
+        foretell(tx, task, forecast)
+    return submission_forecast(task, forecast)
+
+
+def submission_forecast(task: Row | None, forecast: Row | None) -> Row:
+    """The part of a submission's document that is about the future."""
+    seen = forecast or {"start_at": None, "finish_at": None, "miss": None, "advice": []}
+    return {"predicted_start_at": format_instant(seen["start_at"]), "predicted_finish_at": format_instant(seen["finish_at"]),
+            "predicted_miss": seen["miss"], "advice": advice_document(seen["advice"]),
+            **({"warning": f"this {miss_sentence(task, seen)}"} if task is not None and seen["miss"] else {})}  # fmt: skip
+
+
+def advice_document(advice: list[Row]) -> list[Row]:
+    return [{**one, "predicted_finish_at": format_instant(one["predicted_finish_at"])} for one in advice]
+
+
+FORETOLD_AT_ONCE = 50  # by a daemon that looks again
+
+
+def misses_to_come(reader: Reader, now: int) -> list[tuple[Row, Row]]:
+    """The running tasks and those at the head of the queue that are going to miss their SLA and were not said to, with their forecasts."""
+    world = gather(reader, now)
+    found = [(row, foresee(reader, world, [], row)) for row in world["active"] if may_be_foretold(row, now) and learned_here(world, row["handler"])]
+    found = [(row, forecast) for row, forecast in found if forecast["miss"]]
+    line = head_of_queue(reader, world, WINDOW)
+    starts = played(world, line) if any(may_be_foretold(row, now) for row in line) else {}
+    for row in line:
+        if may_be_foretold(row, now) and row["task_id"] in starts and no_forecast(world, row) is None and len(found) < FORETOLD_AT_ONCE:
+            forecast = forecast_of(world, row, starts[row["task_id"]])
+            if forecast and forecast["miss"]:
+                found.append((row, foresee(reader, world, line, row, NEAR)))
+    return [(row, forecast) for row, forecast in found if forecast["miss"]]
+
+
+# =====================================================================================================================
 # intents
 # The goal's own row. Its status follows its current task in the same transaction, and it learns from the outcome once.
 # Rescues and tasks that were replaced move no intent.
@@ -6193,6 +6996,7 @@ PARKED_AT_ONCE = 1000  # of one handler: what is parked is looked at each time t
 def submit(tx: Tx, specs: Iterable[Row]) -> list[Row]:
     """Record intents with their tasks; for each {intent_id, task_id, status, duplicate}. All of them, or an error and none.
 
+    A single one gets its forecast, too; those of a batch are looked at by the daemon.
     A spec has `goal` and the keys of SPEC_DEFAULTS; `command` True means that the caller itself runs it."""
     done: list[Row] = []
     made: list[tuple[Row, Row]] = []
@@ -6223,7 +7027,10 @@ def submit(tx: Tx, specs: Iterable[Row]) -> list[Row]:
             insert_pairs(tx, made)
         if spec["after"]:
             tx.many(INSERT_DEPENDENCY, ({"task_id": task["task_id"], "intent_id": needed} for needed in task["needs"]))
+    alone = made[0][1] if len(made) == 1 and len(done) == 1 and "line" not in spec else None
     insert_pairs(tx, made)
+    if alone is not None:
+        done[0].update(foresee_submission(tx, alone))
     return done
 
 
@@ -7775,8 +8582,8 @@ def last_output(log_path: str) -> str:
 # or a knock. A daemon is alive exactly while it holds the lock on its own file; whoever finds that lock free first ends
 # what is left of the dead one's attempts, and only then puts them back. `grace run` is the same with one command.
 
-PUT_WORKER = """INSERT INTO workers (worker_id, kind, pid, lock_path, boot_id, slots, state, started_at, heartbeat_at)
-  VALUES (:worker, :kind, :pid, :lock_path, :boot_id, :slots, :state, :now, :now)"""
+PUT_WORKER = """INSERT INTO workers (worker_id, kind, pid, lock_path, boot_id, slots, state, started_at, heartbeat_at, handlers)
+  VALUES (:worker, :kind, :pid, :lock_path, :boot_id, :slots, :state, :now, :now, :handlers)"""
 BEAT = "UPDATE workers SET heartbeat_at = :now, state = :state, slots = :slots WHERE worker_id = :worker"
 STOP_WORKER = "UPDATE workers SET state = 'stopped', stopped_at = :now WHERE worker_id = :worker AND stopped_at IS NULL"
 OTHER_WORKERS = "SELECT * FROM workers WHERE stopped_at IS NULL AND worker_id <> :worker"
@@ -7829,43 +8636,6 @@ def record_clock_jump(tx: Tx, worker: str, before: tuple[int, int, int], now: tu
     if asleep + step >= SECOND:
         tx.run(NOTE_SLEEP, now=tx.now, asleep=asleep + step)
     emit(tx, "daemon.suspended", worker, {"worker_id": worker, "asleep_ms": asleep, "clock_step_ms": step})
-
-
-BURIED = b"dead"  # in the lock file of a worker that somebody else has found dead and holds the lock of
-
-
-def is_alive(worker: Row) -> bool:
-    """Whether a worker still holds the lock on its file."""
-    lock = seize(worker)
-    if lock is None:
-        with contextlib.suppress(OSError), open(worker["lock_path"], "rb") as file:
-            return file.read(len(BURIED)) != BURIED
-        return True
-    if lock >= 0:
-        os.close(lock)
-    return False
-
-
-def seize(worker: Row) -> int | None:
-    """The lock of a dead worker, now ours; None while it lives, -1 when the file is gone and so is the process."""
-    try:
-        fd = os.open(worker["lock_path"], os.O_RDWR)
-    except OSError:
-        return None if worker["boot_id"] == boot_id() and "grace" in command_of(worker["pid"]) else -1
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return fd
-    except OSError:
-        os.close(fd)
-        return None
-
-
-def command_of(pid: int) -> str:
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return file.read().decode(errors="replace")
-    except OSError:
-        return ""
 
 
 class Burial:
@@ -7996,7 +8766,8 @@ def program_starts() -> bool:
 class Enlistment:
     """A worker's place in the database and the lock that proves that it lives."""
 
-    def __init__(self, store: Store, kind: str, slots: int, resumed: Row | None = None, state: str = "running"):
+    def __init__(self, store: Store, kind: str, slots: int, resumed: Row | None = None, state: str = "running",
+                 only: list[str] | None = None):  # fmt: skip
         self.store, self.kind = store, kind
         if resumed:
             self.worker, self.lock = resumed["worker"], resumed["lock"]
@@ -8011,7 +8782,7 @@ class Enlistment:
         except OSError as error:
             raise DatabaseError(f"cannot lock {self.path}: {error.strerror}", "check the permissions of the database's directory") from error
         store.write(lambda tx: tx.run(PUT_WORKER, worker=self.worker, kind=kind, pid=os.getpid(), lock_path=self.path, boot_id=boot_id(),
-                                      slots=slots, state=state, now=tx.now), knock=False)  # fmt: skip
+                                      slots=slots, state=state, handlers=to_json(only) if only else None, now=tx.now), knock=False)  # fmt: skip
 
     def discharge(self) -> None:
         """Struck off in good order."""
@@ -8144,7 +8915,7 @@ class Daemon:
         self.store, self.slots, self.only, self.grace_ms, self.once, self.drain = store, slots, only, grace_ms, once, drain
         self.say = say
         store.since = resumed["since"] if resumed else clock()
-        self.enlistment = Enlistment(store, "daemon", slots, resumed, "draining" if drain else "running")
+        self.enlistment = Enlistment(store, "daemon", slots, resumed, "draining" if drain else "running", only)
         self.worker = self.enlistment.worker
         store.actor = self.worker
         self.sup = Supervisor(store, self.worker)
@@ -8163,6 +8934,7 @@ class Daemon:
         self.beat_at = self.repair_at = self.check_at = 0.0
         self.to_adapt: list[str] = []  # handlers whose SLAs are still to be compared with their runs
         self.stats_every, self.stats_at, self.told_up_to = stats_every, time.monotonic() + stats_every / 1000, 0
+        self.forecast_at, self.stirred = 0.0, True  # when to look ahead next; whether anything has happened since the last look
         self.waiting_mark: Row | None = None  # what was there when the tasks that wait for consent were last looked at
         self.consents_at = self.ask_at = 0.0  # when to look at them in any case; not to ask before
         self.asker = 0  # the process that asks for them
@@ -8206,10 +8978,11 @@ class Daemon:
         self._keep_house()
         self.ended += self.sup.ended()
         if self.bell.rang():
-            self.look = self.orders = True
+            self.look = self.orders = self.stirred = True
         self._take_due_steps()
         self._heed_consents()
         self.acted = self._settle()
+        self._look_ahead()
         self.idle = not self.acted and not self.burials
         if self.orders:
             self.orders = False
@@ -8311,6 +9084,17 @@ class Daemon:
     def _beat(self) -> None:
         state = "stopping" if self.stop_at is not None else "draining" if self.drain else "running"
         self.store.write(lambda tx: tx.run(BEAT, worker=self.worker, now=tx.now, state=state, slots=self.slots), durable=False, knock=False)
+
+    def _look_ahead(self) -> None:
+        """Foretell misses that nobody could see when the tasks were submitted; nothing is looked at while nothing happens."""
+        self.stirred = self.stirred or self.acted or bool(self.sup.children)
+        if not self.stirred or time.monotonic() < self.forecast_at or self.drain or self.stop_at is not None:
+            return
+        self.forecast_at, self.stirred = time.monotonic() + setting(self.store, "forecast.every") / 1000, False
+        misses = self.store.read(lambda reader: misses_to_come(reader, clock()))
+        if misses:
+            told = self.store.write(lambda tx: sum(foretell(tx, task, forecast) for task, forecast in misses))
+            self.say("foretold", {"misses": told})
 
     def _heed_orders(self) -> None:
         """End the attempts of ours that were cancelled, retried or are to be replaced."""
@@ -8453,6 +9237,7 @@ class Daemon:
         due = next_instant(self.store)
         seconds = [1.0, self.sup.next_at() - time.monotonic(), self.watchdog_at - time.monotonic()]
         seconds += [(due - clock()) / 1000] if due is not None else []
+        seconds += [self.forecast_at - time.monotonic()] if self.sup.children and not self.drain and self.stop_at is None else []
         seconds += [self.stop_at - time.monotonic()] if self.stop_at is not None and any(c.why is None for c in self.sup.children.values()) else []
         for burial in self.burials:
             self.sup.watch_victims(burial.victims)
@@ -9214,8 +9999,6 @@ def prometheus_text(store: Store, window: int) -> str:
     return "".join(prometheus_family(*family) for family in families)
 
 
-AHEAD = """SELECT COUNT(*) AS n FROM htm_tasks WHERE handler = :handler AND status = 'queued' AND available_at IS NULL
-  AND (rank < :rank OR (rank = :rank AND order_at < :order_at))"""
 NEEDS = """SELECT i.intent_id, i.status FROM task_dependencies d JOIN intent_records i ON i.intent_id = d.intent_id
   WHERE d.task_id = :id ORDER BY i.intent_id"""
 
@@ -9229,10 +10012,28 @@ def explain_task(store: Store, task: Row) -> Row:
         "task_id": task["task_id"], "intent_id": task["intent_id"], "goal": task["goal"], "status": task["status"], "reason": task["reason"],
         "why": [{"code": code, "text": text} for code, text in reasons(store, task, now)],
         "next_steps": [{"step": name, "due_at": format_instant(at)} for at, name in steps],
+        "predicted": predicted_of(store, task, now) if task["status"] not in FINAL else None,
         "consents": consents_of_task(store, task["task_id"]),
         "attempts": [attempt_document(row) for row in store.all(ATTEMPTS_OF, id=task["task_id"])],
         "story": [{"at": event["created_at"], "topic": event["topic"], "text": story_line(event)} for event in story],
     }  # fmt: skip
+
+
+def predicted_of(store: Store, task: Row, now: int) -> Row:
+    """What is foreseen of an open task, for programs."""
+
+    def look(reader: Reader) -> Row:
+        world = gather(reader, now, task["handler"])
+        line = head_of_queue(reader, world, WINDOW) if task["status"] == "queued" else []
+        seen = foresee(reader, world, line, task)
+        if seen["reason"] in ("handler_paused", "no_daemon", "not_served", "external"):
+            seen["advice"] = advice_for(reader, world, line, task, None, COUNTED_AHEAD)
+        return seen
+
+    forecast = store.read(look)
+    return {**{name: format_instant(forecast[name]) for name in ("start_at", "finish_at", "finish_by_at")}, "miss": forecast["miss"],
+            "reason": forecast["reason"], "text": forecast["text"], "basis": forecast["basis"], "advice": advice_document(forecast["advice"]),
+            "summary": miss_sentence(task, forecast) if forecast["miss"] else None}  # fmt: skip
 
 
 def reasons(store: Store, task: Row, now: int) -> list[tuple[str, str]]:
@@ -9261,8 +10062,11 @@ def reasons(store: Store, task: Row, now: int) -> list[tuple[str, str]]:
         found.append(("concurrency", f"all {handler['concurrency']} places of {handler['name']} are taken"))
     if task["retry_of"] and store.one(OPEN_ATTEMPT, id=task["retry_of"]):
         found.append(("original_ending", f"the task it replaces, {task['retry_of']}, is still being ended"))
-    ahead = store.value(AHEAD, handler=task["handler"], rank=task["rank"], order_at=task["order_at"])
-    return found or [("queued", f"{ahead} tasks of its handler are ahead of it; it waits for a free worker")]
+    if found:
+        return found
+    ahead = store.value(AHEAD_OF, name=task["handler"], rank=task["rank"], order_at=task["order_at"], seq=task["seq"], n=COUNTED_AHEAD)
+    more = "more than " if ahead == COUNTED_AHEAD else ""
+    return [("queued", f"{more}{counted(ahead, 'task')} of its handler {'is' if ahead == 1 else 'are'} ahead of it; it waits for a free worker")]
 
 
 def consent_reasons(store: Store, task: Row, now: int) -> list[tuple[str, str]]:
@@ -9293,6 +10097,8 @@ def story_line(event: Row) -> str:
     payload, topic = event["payload"], event["topic"]
     if not topic.startswith("htm."):
         return str(topic)
+    if topic == "htm.sla.forecast":
+        return f"forecast: {payload['message']}"
     if topic.startswith("htm.sla.") and "level" not in payload:
         return str(payload.get("message", topic))
     if topic.startswith("htm.sla."):
@@ -9719,9 +10525,13 @@ def submit_command(app: App, goal: str | None, batch: str | None, wait: bool, wa
         (settled,) = settle_auto(store, [spec_of(goal, options, clock())], clock())
         options.update(sla_ms=settled["sla_ms"], sla_basis=settled.get("sla_basis"))
     done = store.write(lambda tx: submit(tx, [spec_of(goal, options, tx.now)]))[0]
+    warning = done.pop("warning", None)
+    if warning and not app.json:
+        sys.stderr.write(f"grace: {printable(warning)}\n")
     if wait:
         return show_waited(app, store, [done["intent_id"]], wait_timeout, {"duplicate": done["duplicate"]})
-    app.show(done, lambda: write_out(f"{done['intent_id']}  {done['task_id']}" + submission_note(done)))
+    app.show({**submission_forecast(None, None), **done},
+             lambda: write_out(f"{done['intent_id']}  {done['task_id']}" + submission_note(done)))  # fmt: skip
     return None
 
 
@@ -10075,10 +10885,30 @@ def task_explain(app: App, id: str) -> None:
             write_out(f"  because {printable(why['text'])}")
         for step in document["next_steps"]:
             write_out(f"  next    {step['due_at']}  {step['step']}")
+        for line in predicted_lines(document["predicted"]):
+            write_folded(f"  {printable(line)}", 4)
         for entry in document["story"]:
             write_out(f"  {entry['at']}  {printable(entry['text'])}")
 
     app.show(document, plain)
+
+
+def predicted_lines(predicted: Row | None) -> Iterator[str]:
+    """The forecast for people: when it starts and is done, or why nobody can say."""
+    if predicted is None:
+        return
+    if predicted["start_at"] is None:
+        yield f"no forecast: {predicted['text']}"
+    else:
+        basis = predicted["basis"]
+        yield (f"foreseen  start {predicted['start_at']}, done {predicted['finish_at']}, nine of ten times by {predicted['finish_by_at']}")
+        yield (f"because {counted(basis['runs'], 'run')} took {format_duration(basis['p50_ms'])} (one in twenty {format_duration(basis['p95_ms'])} or more), "
+               f"{counted(basis['slots'], 'worker')}, {counted(basis['ahead'], 'task')} ahead")  # fmt: skip
+    if predicted["summary"]:
+        yield f"it {predicted['summary']}"
+    elif predicted["advice"]:
+        first = predicted["advice"][0]
+        yield f"with {first['text']} it would be done {first['predicted_finish_at']}"
 
 
 @command("task log", arg("id", "id"), opt("-f", "--follow", is_flag=True, help="Go on until the task has ended."),
@@ -10404,10 +11234,6 @@ def guard_helper(app: App, mark: str) -> int:
     return status if status >= 0 else 128 - status
 
 
-def processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def say_json(what: str, facts: Row) -> None:
     write_json({"at": format_instant(clock()), "what": what, **facts})
     sys.stdout.flush()
@@ -10708,6 +11534,49 @@ def show_health(document: Row) -> None:
         level = colour(alert["level"]) if paint else alert["level"]
         write_folded(f"{level}: {alert['message']} (allowed: {shown_figure(alert['threshold'], alert['unit'])}, {alert['setting']})", 4)
         write_folded(f"    {alert['advice']}", 4)
+
+
+# ---- forecasts
+
+
+@command("dashboard queued", opt("--priority", kind="priority", help="Only this class."), opt("--handler", kind="name", help="Only this handler's."),
+         opt("--limit", kind="limit", default=50, show_default=True, help="At most so many."), WATCH)  # fmt: skip
+def dashboard_queued(app: App, priority: str | None, handler: str | None, limit: int, watch: int | None) -> None:
+    """The queue in the order of claims: what waits how long, when it will start and be done, and what is going to miss its SLA."""
+    if handler is not None:
+        find_handler(app.store(), handler)
+    show_dashboard(app, watch, lambda store: queue_documents(store, priority, handler, limit), show_queue)
+
+
+def queue_documents(store: Store, priority: str | None, handler: str | None, limit: int) -> list[Row]:
+    now = clock()
+    return [queued_document(task, forecast, now) for task, forecast in store.read(lambda reader: queue_forecasts(reader, now, priority, handler, limit))]
+
+
+def queued_document(task: Row, forecast: Row, now: int) -> Row:
+    """A queued task with what is foreseen of it."""
+    names = ("task_id", "intent_id", "goal", "handler", "domain", "priority", "queued_at", "available_at", "sla_ms", "sla_deadline")
+    return {**shown_fields(task, names), "waiting_ms": max(0, now - task["queued_at"]), "predicted_start_at": format_instant(forecast["start_at"]),
+            "predicted_finish_at": format_instant(forecast["finish_at"]), "predicted_miss": forecast["miss"], "reason": forecast["reason"],
+            "text": forecast["text"], "advice": advice_document(forecast["advice"])}  # fmt: skip
+
+
+def show_queue(documents: list[Row]) -> None:
+    """The table, and below it why there are no forecasts where there are none, and what would save what is going to be late."""
+    now = clock()
+    show_table(("TASK", "PRIORITY", "WAITS", "SLA", "STARTS IN", "DONE IN", "GOAL"), [queued_cells(d, now) for d in documents], "nothing is queued")
+    for text in dict.fromkeys(d["text"] for d in documents if d["text"]):
+        write_folded(f"! no forecast: {printable(text)}", 2)
+    for d in [d for d in documents if d["predicted_miss"]][:3]:
+        write_folded(f"! {d['task_id']} is going to be late{printable(advice_sentence(d['advice']))}", 2)
+
+
+def queued_cells(document: Row, now: int) -> tuple[str, ...]:
+    used = "-" if document["sla_ms"] is None else f"{100 * document['waiting_ms'] // document['sla_ms']}%"
+    start, finish = (None if document[name] is None else max(0, parse_instant(document[name]) - now) for name in ("predicted_start_at", "predicted_finish_at"))
+    done = format_duration(finish) + (" LATE" if document["predicted_miss"] else "")
+    return (document["task_id"], document["priority"], format_duration(document["waiting_ms"]), used,
+            format_duration(start), done, printable(document["goal"]))  # fmt: skip
 
 
 # ---- events

@@ -123,6 +123,7 @@ CREATE TABLE htm_tasks (
   sla_met          INTEGER CONSTRAINT task_sla_met CHECK (sla_met IN (0, 1)),
   sla_buffer_ms    INTEGER,                       -- deadline minus end; positive is early
   set_aside        TEXT,                          -- why the ladder leaves this row alone
+  forecast_at      INTEGER,                       -- when it was foretold that it will miss its SLA
   timeout_ms       INTEGER CONSTRAINT task_timeout CHECK (timeout_ms > 0),
   max_attempts     INTEGER NOT NULL CONSTRAINT task_max_attempts CHECK (max_attempts > 0),
   attempt_number   INTEGER NOT NULL DEFAULT 0 CONSTRAINT task_attempt_number CHECK (attempt_number >= 0),
@@ -293,6 +294,24 @@ CREATE TABLE outcome_tallies (
 ) STRICT;
 
 -- For how long the machine slept, or by how much its clock was set forward, as some worker noticed: no run is slower for that.
+
+-- What the newest runs of each handler took, summed up now and then, so that a forecast need not; what it was made of are htm_durations.
+CREATE TABLE handler_forecasts (
+  handler   TEXT NOT NULL PRIMARY KEY,
+  runs      INTEGER NOT NULL CONSTRAINT forecast_runs CHECK (runs >= 0), -- that this rests on; too few say nothing
+  mean_ms   REAL,
+  sd_ms     REAL,                                 -- how widely they are spread
+  p50_ms    REAL,
+  p90_ms    REAL,
+  p95_ms    REAL,
+  histogram TEXT NOT NULL CONSTRAINT forecast_histogram CHECK (json_valid(histogram)), -- [[bucket, runs], …], as in htm_durations
+  completed INTEGER NOT NULL,                     -- how many of its tasks had been completed when this was made
+  made_at   INTEGER NOT NULL,
+  CONSTRAINT forecast_has_figures CHECK
+    (runs = 0 OR (mean_ms IS NOT NULL AND sd_ms IS NOT NULL AND p50_ms IS NOT NULL AND p90_ms IS NOT NULL AND p95_ms IS NOT NULL))
+) STRICT;
+
+-- For how long the machine slept, as some worker noticed when it woke: runs are not slower for that.
 CREATE TABLE suspensions (
   seq       INTEGER PRIMARY KEY,
   woke_at   INTEGER NOT NULL,
@@ -311,6 +330,8 @@ CREATE TABLE workers (
   started_at   INTEGER NOT NULL,
   heartbeat_at INTEGER NOT NULL,
   stopped_at   INTEGER,
+  handlers     TEXT CONSTRAINT worker_handlers CHECK
+                 (handlers IS NULL OR (json_valid(handlers) AND json_array_length(handlers) > 0)), -- it serves these only
   CONSTRAINT worker_stop_has_instant CHECK ((state = 'stopped') = (stopped_at IS NOT NULL))
 ) STRICT;
 
@@ -467,6 +488,7 @@ CREATE TABLE standing_parts (
 
 CREATE INDEX task_claim_order ON htm_tasks (handler, rank, order_at, seq)
   WHERE status = 'queued' AND available_at IS NULL;
+CREATE INDEX task_not_before ON htm_tasks (available_at) WHERE available_at IS NOT NULL;
 CREATE INDEX task_next_step ON htm_tasks (next_at) WHERE next_at IS NOT NULL;
 CREATE INDEX task_queued_since ON htm_tasks (queued_at) WHERE status = 'queued' AND available_at IS NULL;
 CREATE INDEX task_waiting_consent ON htm_tasks (rank, order_at, seq) WHERE status = 'blocked' AND reason = 'waiting_consent';

@@ -131,7 +131,7 @@ def test_all_tables_are_strict_and_have_rowids(db: Path) -> None:
 QUEUED, RUNNING, COMPLETED = task("queued"), task("running"), task("completed")
 ATTEMPT = "INSERT INTO htm_task_attempts (attempt_id, task_id, attempt_number, worker_id, token, created_at, {more}) " \
           "SELECT 'a', task_id, 1, 'w', 't', 1, {values} FROM htm_tasks WHERE " + QUEUED  # fmt: skip
-WORKER = "INSERT INTO workers VALUES ('w', '{kind}', 1, '/l', 'b', 1, '{state}', 1, 1, {stopped})"
+WORKER = "INSERT INTO workers VALUES ('w', '{kind}', 1, '/l', 'b', 1, '{state}', 1, 1, {stopped}, NULL)"
 METRICS = "INSERT INTO htm_metrics (level, starts_at, task_type, domain, imported, completed, failed, timed_out, cancelled, sla_met, sla_missed, " \
           "retried, runs, queue_ms, execution_ms, total_ms, buffers, buffer_ms) " \
           "VALUES ('{level}', 0, '', '', {imported}, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)"  # fmt: skip
@@ -207,6 +207,10 @@ CHECKS = {
     "durations_imported": "INSERT INTO htm_durations (level, starts_at, task_type, domain, imported, bucket, n) VALUES ('day', 0, '', '', 2, 1, 1)",
     "tally_kind": "INSERT INTO outcome_tallies VALUES (0, 'work', 'd', 'mood', 'good', 1, 1, 1, 1)",
     "suspension_length": "INSERT INTO suspensions (woke_at, asleep_ms) VALUES (1, 0)",
+    "forecast_runs": "INSERT INTO handler_forecasts (handler, runs, histogram, completed, made_at) VALUES ('h', -1, '[]', 0, 1)",
+    "forecast_histogram": "INSERT INTO handler_forecasts (handler, runs, histogram, completed, made_at) VALUES ('h', 0, '[', 0, 1)",
+    "forecast_has_figures": "INSERT INTO handler_forecasts (handler, runs, histogram, completed, made_at) VALUES ('h', 12, '[[1, 12]]', 0, 1)",
+    "worker_handlers": WORKER.format(kind="daemon", state="running", stopped="NULL").replace("NULL, NULL)", "NULL, '[]')"),
     "worker_kind": WORKER.format(kind="person", state="running", stopped="NULL"),
     "worker_state": WORKER.format(kind="daemon", state="asleep", stopped="NULL"),
     "worker_stop_has_instant": WORKER.format(kind="daemon", state="stopped", stopped="NULL"),

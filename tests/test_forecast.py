@@ -1,0 +1,620 @@
+"""When will it be done: the play of the queue by itself, what it rests on, and forecasts beside what then really happens."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import random
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from tests.conftest import GRACE, LIMIT, Place, load_module, shell, until
+
+NOW = 1_900_000_000_000
+BLOCK = 'until test -e "$0/go"; do sleep 0.05; done'
+
+
+# ---- the play
+
+
+def learned(ms: float, spread: float = 0.0) -> dict[str, Any]:
+    return {"runs": 50, "mean_ms": ms, "sd_ms": spread, "p50_ms": ms, "p90_ms": ms, "p95_ms": ms, "histogram": "[]", "enough": True}
+
+
+def handler(name: str, **fields: Any) -> dict[str, Any]:
+    return {"name": name, "concurrency": None, "paused": 0, "external": 0, "secrets": "[]", **fields}
+
+
+def world_of(slots: list[float], means: dict[str, float | None], **limits: int) -> dict[str, Any]:
+    """One daemon with slots that are free at these instants; None for a handler of which nothing is known."""
+    known = {name: learned(ms) if ms is not None else {"runs": 0, "enough": False} for name, ms in means.items()}
+    return {"now": NOW, "handlers": {name: handler(name, concurrency=limits.get(name)) for name in means}, "learned": known, "counts": {},
+            "serving": {}, "unlearned": set(), "unknown_ms": math.inf, "age_every": 600_000, "active": [],
+            "pools": [{"only": None, "external": None, "slots": [(NOW + at, 0.0, None) for at in slots]}]}  # fmt: skip
+
+
+def waiting(task_id: str, name: str = "work", rank: int = 2, **fields: Any) -> dict[str, Any]:
+    number = int(re.sub(r"\D", "", task_id) or 0)
+    return {"task_id": task_id, "handler": name, "rank": rank, "order_at": NOW + number, "seq": number, "aged_at": NOW, "available_at": None, "queued_at": NOW,
+            "sla_ms": None, "sla_deadline": None, "set_aside": None, "status": "queued", **fields}  # fmt: skip
+
+
+def starts(module: Any, world: dict[str, Any], line: list[dict[str, Any]]) -> dict[str, float]:
+    """Milliseconds from now until each starts."""
+    return {task_id: at - NOW for task_id, (at, _) in module.Play(world, line).run().items()}
+
+
+@pytest.mark.parametrize(("slots", "means", "limits", "line", "expected"), [
+    ([0], {"work": 100}, {}, ["t1", "t2", "t3"], {"t1": 0, "t2": 100, "t3": 200}),
+    ([0, 0], {"work": 100}, {}, ["t1", "t2", "t3"], {"t1": 0, "t2": 0, "t3": 100}),
+    ([70, 30], {"work": 100}, {}, ["t1", "t2", "t3"], {"t1": 30, "t2": 70, "t3": 130}),
+    ([0, 0], {"work": 100}, {"work": 1}, ["t1", "t2"], {"t1": 0, "t2": 100}),
+    ([], {"work": 100}, {}, ["t1"], {}),
+    ([math.inf], {"work": 100}, {}, ["t1"], {}),
+    ([math.inf, 0], {"work": 100}, {}, ["t1", "t2"], {"t1": 0, "t2": 100})])  # fmt: skip
+def test_slots_take_the_first_in_line(module: Any, slots: list[float], means: Any, limits: Any, line: list[str], expected: Any) -> None:
+    """One after another, side by side, as slots become free, within a limit; a slot that nobody can say anything of takes nothing."""
+    assert starts(module, world_of(slots, means, **limits), [waiting(name) for name in line]) == expected
+
+
+def test_a_handler_at_its_limit_is_passed_by(module: Any) -> None:
+    """Its tasks come first, but others take the slot that they may not."""
+    line = [waiting("t1", "slow", 1), waiting("t2", "slow", 1), waiting("t3", "quick", 2)]
+    assert starts(module, world_of([0, 0], {"slow": 500, "quick": 100}, slow=1), line) == {"t1": 0, "t3": 0, "t2": 500}
+
+
+def test_classes_come_before_deadlines_and_deadlines_before_arrival(module: Any) -> None:
+    """The order of claims."""
+    line = [waiting("t1"), waiting("t2", order_at=NOW - 5), waiting("t3", rank=0), waiting("t4", rank=3, order_at=0)]
+    assert starts(module, world_of([0], {"work": 10}), line) == {"t3": 0, "t2": 10, "t1": 20, "t4": 30}
+
+
+def test_tasks_climb_while_they_wait(module: Any) -> None:
+    """At half of its SLA a low task passes normal ones, and one without an SLA ages; else both would be last."""
+    others = [waiting(f"t{n}") for n in range(1, 30)]
+    urgent = waiting("t90", rank=3, sla_ms=1000, sla_deadline=NOW + 1000)
+    found = starts(module, world_of([0], {"work": 100}), [*others, urgent])
+    assert found["t90"] == 500 and found["t6"] == 600
+    aged = starts(module, {**world_of([0], {"work": 100}), "age_every": 1000}, [*others, waiting("t91", rank=3, order_at=NOW - 9, aged_at=NOW - 500)])
+    assert aged["t91"] == 500
+
+
+def test_what_becomes_available_later_takes_its_turn_then(module: Any) -> None:
+    """Not before its instant, however early its place."""
+    line = [waiting("t1"), waiting("t2"), waiting("t3"), waiting("t0", rank=0, available_at=NOW + 150)]
+    assert starts(module, world_of([0], {"work": 100}), line) == {"t1": 0, "t2": 100, "t0": 200, "t3": 300}
+
+
+def test_work_that_nothing_is_known_of_keeps_its_slot(module: Any) -> None:
+    """What stands behind it gets two forecasts: as if it lasted for ever, and as if it were over at once."""
+    world = world_of([0, 0], {"work": 100, "new": None})
+    line = [waiting("t1", "new"), *(waiting(f"t{n}", sla_ms=sla, sla_deadline=NOW + sla) for n, sla in ((2, 90), (3, 150), (4, 700)))]
+    found = module.played(world, line)
+    assert [(found[f"t{n}"][0] - NOW, found[f"t{n}"][2] - NOW) for n in (1, 2, 3, 4)] == [(0, 0), (0, 0), (100, 0), (200, 100)]
+    misses = [module.forecast_of(world, task, found[task["task_id"]])["miss"] for task in line[1:]]
+    assert misses == [True, None, False], "said only where it is so whatever the unknown one takes"
+    alone = module.played(world_of([0], {"work": 100, "new": None}), line[:2])
+    assert alone["t2"][0] == math.inf and module.forecast_of(world, line[1], alone["t2"]) is None
+
+
+def naive(slots: int, means: dict[str, int], limits: dict[str, int], line: list[dict[str, Any]]) -> dict[str, int]:
+    """The same in steps of a millisecond, by looking at everything."""
+    running: list[tuple[int, str]] = []
+    found: dict[str, int] = {}
+    for at in range(20_000):
+        running = [(end, name) for end, name in running if end > at]
+        for task in sorted(line, key=lambda one: (one["rank"], one["order_at"], one["seq"])):
+            busy = [name for _, name in running].count(task["handler"])
+            ready = (task["available_at"] or 0) - NOW <= at and busy < limits.get(task["handler"], 99)
+            if task["task_id"] not in found and len(running) < slots and ready:
+                found[task["task_id"]] = at
+                running.append((at + means[task["handler"]], task["handler"]))
+        if len(found) == len(line):
+            return found
+    raise AssertionError("never done")
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_play_agrees_with_a_naive_one(module: Any, seed: int) -> None:
+    """Random queues, limits and durations."""
+    chance = random.Random(seed)
+    means = {name: chance.randrange(5, 120) for name in ("a", "b", "c")}
+    limits = {name: chance.randrange(1, 4) for name in ("a", "b") if chance.random() < 0.6}
+    slots = chance.randrange(1, 5)
+    line = [waiting(f"t{n}", chance.choice("abc"), chance.randrange(4), order_at=NOW + chance.randrange(50),
+                    available_at=NOW + chance.randrange(300) if chance.random() < 0.2 else None) for n in range(40)]  # fmt: skip
+    assert starts(module, world_of([0] * slots, dict(means), **limits), line) == naive(slots, means, limits, line)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 8])
+def test_reckoning_agrees_with_the_play_where_runs_are_alike(module: Any, slots: int) -> None:
+    """However many are ahead; with a limit of its own too."""
+    free = [37.0 * n for n in range(slots)]
+    for n in (0, 1, 5, 100):
+        line = [waiting(f"t{number}") for number in range(n + 1)]
+        world = world_of(free, {"work": 300.0})
+        assert module.reckoned(world, "work", {"work": n})[0] == pytest.approx(module.Play(world, line).run()[f"t{n}"][0], abs=1)
+    narrow = world_of([0] * slots, {"work": 300.0}, work=1)
+    assert module.reckoned(narrow, "work", {"work": 10})[0] - NOW == 3000
+
+
+def test_a_busy_handler_with_a_limit_does_not_keep_others_waiting(module: Any) -> None:
+    """A thousand of its tasks are ahead, but they take one place of three."""
+    world = world_of([0, 0, 0], {"slow": 1000.0, "quick": 100.0}, slow=1)
+    at = module.reckoned(world, "quick", {"slow": 1000, "quick": 20})[0] - NOW
+    assert 900 <= at <= 1100
+    assert module.Play(world, [*(waiting(f"t{n}", "slow", 1) for n in range(200)), *(waiting(f"t{n}", "quick") for n in range(300, 321))]).run()[
+        "t320"][0] - NOW == at  # fmt: skip
+
+
+def test_what_is_left_of_a_run_depends_on_how_long_it_took(module: Any) -> None:
+    """Of the runs that took longer, the middle one; of one that outlived all, half as long again."""
+    histogram = [(module.bucket_of(100), 90), (module.bucket_of(1000), 10)]
+    assert module.remaining_ms(histogram, 0) == pytest.approx(100, rel=0.02)
+    assert module.remaining_ms(histogram, 300) == pytest.approx(700, rel=0.04)
+    assert module.remaining_ms(histogram, 5000) == 2500
+    assert module.remaining_ms([], 0) >= 1
+
+
+def test_the_figures_of_a_histogram(module: Any) -> None:
+    """Mean, spread and percentiles; identical runs have no spread, and nothing has no figures."""
+    made = module.summed_up([(module.bucket_of(200), 10)])
+    assert made["runs"] == 10 and made["sd_ms"] == 0 and made["mean_ms"] == made["p50_ms"] == made["p95_ms"] == pytest.approx(200, rel=0.02)
+    assert module.summed_up([]) == {"runs": 0, "mean_ms": None, "sd_ms": None, "histogram": "[]", "p50_ms": None, "p90_ms": None, "p95_ms": None}
+
+
+# ---- what was learned
+
+
+class Past:
+    """The store's own functions, for a history at instants of our choice."""
+
+    def __init__(self, place: Place, module: Any):
+        self.place, self.module = place, module
+
+    def run(self, name: str, ms: int, n: int = 12, ago: int = 0) -> None:
+        """n completed runs of a handler, each so long, the last of which ended that long ago."""
+        def work(tx: Any) -> None:
+            real = tx.now
+            for _ in range(n):
+                tx.now = real - ago - ms
+                task_id = self.module.submit(tx, [{"goal": "the past", "handler": name, "line": 1}])[0]["task_id"]
+                tx.flush()
+                tx._tallies.clear()
+                taken = self.module.take(tx, task_id, "past")
+                self.module.start(tx, taken, os.getpid(), None, None)
+                tx.now = real - ago
+                self.module.end_attempt(tx, task_id, taken["attempt_id"], {"outcome": "completed", "ended_by": "exit"})
+            tx.now = real
+
+        with contextlib.closing(self.module.Store(str(self.place.db), "past")) as store:
+            store.write(work)
+
+    def learned(self, name: str, later: int = 0) -> dict[str, Any]:
+        with contextlib.closing(self.module.Store(str(self.place.db), "past")) as store:
+            return dict(store.write(lambda tx: self.module.learned_durations(tx, name, tx.now + later)))
+
+
+@pytest.fixture
+def past(place: Place, module: Any) -> Past:
+    return Past(place, module)
+
+
+def test_ten_runs_are_needed_and_the_newest_count(place: Place, past: Past) -> None:
+    """Nine say nothing; of many, those of the newest hours; where a week has hardly any, those of ninety days."""
+    shell(place, "work", "true")
+    past.run("work", 1000, 9)
+    assert past.learned("work")["runs"] == 9 and not load_module().says_enough(past.learned("work"))
+    past.run("work", 1000, 1)
+    assert past.learned("work")["runs"] == 10, "seen at once, although nine were summed up a moment before"
+    shell(place, "changed", "true")
+    past.run("changed", 60_000, 100, ago=20 * 3_600_000)
+    past.run("changed", 60_000, 150, ago=9 * 3_600_000)
+    past.run("changed", 5_000, 210)
+    assert past.learned("changed")["p95_ms"] == pytest.approx(5000, rel=0.02), "it has become quicker"
+    shell(place, "rare", "true")
+    for day in range(11):
+        past.run("rare", 7_000, 1, ago=(day + 1) * 4 * 86_400_000)
+    assert past.learned("rare")["runs"] == 11
+    shell(place, "ancient", "true")
+    past.run("ancient", 7_000, 20, ago=200 * 86_400_000)
+    assert past.learned("ancient")["runs"] == 0
+
+
+def test_what_was_learned_survives_steps_of_the_clock(place: Place, past: Past) -> None:
+    """History that lies ahead of a clock that was set back is still history, and a summary from the future is made again."""
+    shell(place, "work", "true")
+    past.run("work", 1000)
+    assert past.learned("work", later=3_600_000)["made_at"] > past.learned("work")["made_at"]
+    back = past.learned("work", later=-3 * 3_600_000)
+    assert back["runs"] == 12 and back["p50_ms"] == pytest.approx(1000, rel=0.02)
+    assert past.learned("work", later=-30 * 86_400_000)["runs"] == 0
+    assert past.learned("work")["runs"] == 12
+
+
+# ---- what people and programs are told
+
+
+def predicted(place: Place, task_id: str) -> dict[str, Any]:
+    return dict(place.json("task", "explain", task_id)["predicted"])
+
+
+def instant(text: str) -> float:
+    return datetime.fromisoformat(text).timestamp()
+
+
+def forecasts(place: Place, task_id: str | None = None) -> list[dict[str, Any]]:
+    return [event["payload"] for event in place.events("htm.sla.forecast") if task_id in (None, event["payload"]["task_id"])]
+
+
+def reason(place: Place, task_id: str) -> str:
+    """Why nothing is foreseen of a task, as explain and the dashboard say alike; all else is null."""
+    seen = predicted(place, task_id)
+    assert [seen[name] for name in ("start_at", "finish_at", "finish_by_at", "miss")] == [None] * 4
+    assert f"no forecast: {seen['text']}" in place.ok("task", "explain", task_id).out
+    rows = [row for row in place.json("dashboard", "queued") if row["task_id"] == task_id]
+    assert all((row["reason"], row["text"], row["predicted_start_at"], row["predicted_miss"]) == (seen["reason"], seen["text"], None, None) for row in rows)
+    return str(seen["reason"])
+
+
+def test_nothing_is_guessed(place: Place, past: Past) -> None:
+    """No history, no daemon, a pause, a wait for others, no external worker, a daemon that serves others only: null, and the reason."""
+    shell(place, "work", "true")
+    shell(place, "new", "true")
+    place.handler("outside", "--external")
+    _, fresh = place.submit("a", "--handler", "new", "--sla", "1h")
+    assert reason(place, fresh) == "nothing_learned" and "needs 10 completed runs, has 0" in predicted(place, fresh)["text"]
+    past.run("work", 1000)
+    past.run("outside", 1000)
+    done = place.json("submit-intent", "b", "--handler", "work", "--sla", "1h")
+    assert [done[name] for name in ("predicted_start_at", "predicted_finish_at", "predicted_miss", "advice")] == [None, None, None, []]
+    assert reason(place, done["task_id"]) == "no_daemon" and [one["action"] for one in predicted(place, done["task_id"])["advice"]] == ["start_daemon"]
+    _, later = place.submit("c", "--handler", "work", "--after", done["intent_id"])
+    assert reason(place, later) == "waiting_dependency"
+    with place.daemon("--handler", "new", "--workers", "1"):
+        assert reason(place, done["task_id"]) == "not_served"
+    with place.daemon("--workers", "1"):
+        place.until_status(done["task_id"], "completed")
+        assert place.json("task", "explain", done["task_id"])["predicted"] is None
+        place.ok("handler", "pause", "work")
+        _, paused = place.submit("d", "--handler", "work", "--sla", "1h")
+        assert reason(place, paused) == "handler_paused" and [one["action"] for one in predicted(place, paused)["advice"]] == ["resume"]
+        place.ok("handler", "resume", "work")
+        place.until_status(paused, "completed")
+    assert forecasts(place) == []
+
+
+def test_external_workers_are_counted_by_who_was_seen(place: Place, past: Past) -> None:
+    """None seen, nothing foreseen; one that holds a task is one slot, and what is left of its task is waited for."""
+    place.handler("outside", "--external")
+    past.run("outside", 100_000, ago=7_200_000)
+    _, lonely = place.submit("z", "--handler", "outside")
+    assert reason(place, lonely) == "external"
+    place.ok("task", "cancel", lonely)
+    _, first = place.submit("a", "--handler", "outside")
+    _, second = place.submit("b", "--handler", "outside")
+    assert place.json("task", "claim", "--handler", "outside", "--worker", "w")["task_id"] == first
+    seen = predicted(place, second)
+    assert seen["basis"]["slots"] == 1 and instant(seen["start_at"]) - instant(place.task(first)["started_at"]) == pytest.approx(100, rel=0.05)
+    assert instant(predicted(place, first)["finish_at"]) - instant(place.task(first)["started_at"]) == pytest.approx(100, rel=0.05)
+
+
+def test_a_future_start_is_foreseen_for_then(place: Place, past: Past) -> None:
+    """--in: not before its instant, with its clock from there."""
+    shell(place, "work", "true")
+    past.run("work", 1000)
+    with place.daemon("--workers", "1"):
+        done = place.json("submit-intent", "later", "--handler", "work", "--in", "1h", "--sla", "5s")
+        task = place.task(done["task_id"])
+        assert done["predicted_start_at"] == task["queued_at"] and done["predicted_miss"] is False
+        assert instant(done["predicted_finish_at"]) - instant(done["predicted_start_at"]) == pytest.approx(1, rel=0.02)
+        assert predicted(place, done["task_id"])["start_at"] == task["queued_at"]
+        assert [row["task_id"] for row in place.json("dashboard", "queued")] == [done["task_id"]]
+
+
+@contextlib.contextmanager
+def blocked_daemon(place: Place, *options: str, workers: int = 1) -> Iterator[None]:
+    """A daemon whose slots are all taken by tasks that go on until they are let go."""
+    place.handler("held", "--", "sh", "-c", BLOCK, str(place.folder))
+    with place.daemon("--workers", str(workers), *options):
+        for _ in range(workers):
+            place.until_status(place.submit("held", "--handler", "held", "--priority", "critical")[1], "running")
+        try:
+            yield
+        finally:
+            (place.folder / "go").touch()
+
+
+def test_the_forecast_of_a_held_queue(place: Place, past: Past) -> None:
+    """Behind a running task: its usual rest, then one after another; concurrency, explain, dashboard and submission agree."""
+    shell(place, "work", "true")
+    past.run("work", 10_000)
+    place.handler("held", "--", "true")
+    past.run("held", 60_000)
+    place.ok("handler", "remove", "held")
+    with blocked_daemon(place):
+        ids = [place.submit(f"number {n}", "--handler", "work", "--sla", f"{n + 1}h")[1] for n in range(3)]
+        queue = place.json("dashboard", "queued")
+        assert [row["task_id"] for row in queue] == ids and all(row["predicted_miss"] is False and row["reason"] is None for row in queue)
+        at = [instant(row["predicted_start_at"]) for row in queue]
+        running = place.task(place.json("task", "list", "--status", "running")[0]["task_id"])
+        assert at[0] - instant(running["started_at"]) == pytest.approx(60, rel=0.1)
+        assert [b - a for a, b in pairwise(at)] == [pytest.approx(10, rel=0.05)] * 2
+        assert instant(predicted(place, ids[2])["start_at"]) == pytest.approx(at[2], abs=5)
+        last = place.json("submit-intent", "the last", "--handler", "work", "--sla", "9h")
+        assert instant(last["predicted_start_at"]) == pytest.approx(at[2] + 10, abs=5)
+        basis = predicted(place, last["task_id"])["basis"]
+        assert (basis["runs"], basis["slots"], basis["ahead"]) == (12, 1, 3) and basis["p50_ms"] == pytest.approx(10_000, rel=0.02)
+        text = place.ok("task", "explain", last["task_id"]).out
+        assert "foreseen  start" in text and "12 runs took 10s" in text.replace("9.9s", "10s").replace("10.1s", "10s") and "3 tasks ahead" in text
+        assert [row["task_id"] for row in place.json("dashboard", "queued", "--limit", "2")] == ids[:2]
+        assert place.json("dashboard", "queued", "--handler", "held") == [] == place.json("dashboard", "queued", "--priority", "low")
+        assert len(place.json("dashboard", "queued", "--priority", "normal", "--handler", "work")) == 4
+
+
+def test_one_place_is_one_after_another(place: Place, past: Past) -> None:
+    """--concurrency 1 on three workers; the advice is a place more."""
+    shell(place, "work", BLOCK.replace("$0", str(place.folder)), "--concurrency", "1")
+    past.run("work", 10_000)
+    with place.daemon("--workers", "3"):
+        first = place.submit("first", "--handler", "work")[1]
+        place.until_status(first, "running")
+        second = place.json("submit-intent", "second", "--handler", "work", "--sla", "14s")
+        assert second["predicted_miss"] is True and "concurrency" in [one["action"] for one in second["advice"] if one["saves"]]
+        assert "workers" not in [one["action"] for one in second["advice"]]
+        (place.folder / "go").touch()
+
+
+def test_forecasts_come_true(place: Place, past: Past) -> None:
+    """One worker, real sleeps: they start in the foreseen order, each within half a run of the foreseen instant."""
+    shell(place, "nap", "sleep 1.5")
+    past.run("nap", 1530)
+    with place.daemon("--workers", "1"):
+        ids = [place.submit(f"nap {n}", "--handler", "nap", "--priority", priority)[1]
+               for n, priority in enumerate(["normal", "low", "normal", "high"])]  # fmt: skip
+        place.until_status(ids[0], "running", "completed")
+        queue = {row["task_id"]: row for row in place.json("dashboard", "queued")}
+        assert list(queue) == [ids[3], ids[2], ids[1]]
+        for task_id, row in queue.items():
+            task = place.until_status(task_id, "completed")
+            assert abs(instant(task["started_at"]) - instant(row["predicted_start_at"])) < 0.75, row["goal"]
+            assert abs(instant(task["finished_at"]) - instant(row["predicted_finish_at"])) < 0.75
+
+
+# ---- a miss to come
+
+
+def test_advice_that_is_given_saves_it(place: Place, past: Past) -> None:
+    """Critical work is ahead: as submitted it is late, and each thing that is advised, once done, lets it be in time."""
+    shell(place, "nap", "sleep 1")
+    past.run("nap", 1030)
+    wanted = ("--handler", "nap", "--sla", "5s")
+    with place.daemon("--workers", "1"):
+        for n in range(20):
+            place.submit(f"nap {n}", "--handler", "nap", "--priority", "critical", "--sla", "3s")
+        done = place.call("submit-intent", "as it is", *wanted, "--json")
+        document = done.json
+        assert document["predicted_miss"] is True and done.err == ""
+        actions = {one["action"]: one for one in document["advice"] if one["saves"]}
+        assert set(actions) == {"workers"}, "before all that critical work it cannot come by any priority"
+        assert re.search(r"\d+ more workers", actions["workers"]["text"])
+        told = place.call("submit-intent", "as it is, for people", *wanted)
+        assert told.status == 0 and re.match(r"grace: this will likely miss its SLA of 5s by .*: \d+ tasks are ahead of it on 1 worker; in time with", told.err)
+        many = re.search(r"--workers (\d+)", actions["workers"]["text"])
+        assert many
+        with place.daemon("--workers", many[1]):
+            assert place.until_status(document["task_id"], "completed")["sla_met"] is True
+    (event,) = forecasts(place, document["task_id"])
+    assert event["overdue_ms"] > 0 and event["ahead"] >= 15 and event["workers"] == 1 and event["advice"] == document["advice"]
+    assert any("forecast: " in entry["text"] for entry in place.json("task", "explain", document["task_id"])["story"])
+
+
+def test_a_higher_priority_that_is_advised_saves_it(place: Place, past: Past) -> None:
+    """Many with less time are ahead in its class; --priority high passes them."""
+    shell(place, "nap", "sleep 1")
+    past.run("nap", 1030)
+    with place.daemon("--workers", "1"):
+        lines = "".join(json.dumps({"goal": f"nap {n}", "handler": "nap", "sla": "5s"}) + "\n" for n in range(30))
+        place.ok("submit-intent", "--batch", "-", stdin=lines.encode())
+        late = place.json("submit-intent", "as it is", "--handler", "nap", "--sla", "6s")
+        assert late["predicted_miss"] is True
+        saving = {one["action"]: one["text"] for one in late["advice"] if one["saves"]}
+        assert saving.get("priority") in ("--priority high", "--priority critical")
+        again = place.json("submit-intent", "as advised", "--handler", "nap", "--sla", "6s", *saving["priority"].split())
+        assert again["predicted_miss"] is False
+        assert place.until_status(again["task_id"], "completed")["sla_met"] is True
+        for row in place.json("task", "list", "--status", "queued"):
+            place.call("task", "cancel", row["task_id"])
+
+
+def test_a_run_longer_than_the_sla_cannot_be_saved(place: Place, past: Past) -> None:
+    """Nothing but a longer SLA is advised, and that one is foreseen to hold."""
+    shell(place, "work", "true")
+    past.run("work", 60_000)
+    with place.daemon("--workers", "1"):
+        done = place.json("submit-intent", "too short", "--handler", "work", "--sla", "30s")
+        assert done["predicted_miss"] is True
+        (advice,) = done["advice"]
+        assert advice["action"] == "sla"
+        longer = re.search(r"an SLA of (\S+) would be met", advice["text"])
+        assert longer and place.json("submit-intent", "longer", "--handler", "work", "--sla", longer[1])["predicted_miss"] is False
+
+
+@pytest.mark.parametrize("daemons", [1, 2])
+def test_a_daemon_foretells_once_what_has_changed_for_the_worse(place: Place, past: Past, daemons: int) -> None:
+    """Fine when submitted, overtaken since: one event, before the warning, with two daemons too, and none more after a restart."""
+    shell(place, "work", BLOCK.replace("$0", str(place.folder)))
+    past.run("work", 10_000)
+    place.ok("config", "set", "forecast.every", "100ms")
+    with contextlib.ExitStack() as stack:
+        for _ in range(daemons):
+            stack.enter_context(place.daemon("--workers", "1"))
+        held = [place.submit("first", "--handler", "work", "--priority", "critical")[1] for _ in range(daemons)]
+        for task_id in held:
+            place.until_status(task_id, "running")
+        fine = place.json("submit-intent", "fine", "--handler", "work", "--priority", "low", "--sla", "10m")
+        assert fine["predicted_miss"] is False and forecasts(place, fine["task_id"]) == []
+        batch = "".join(json.dumps({"goal": f"before it {n}", "handler": "work", "priority": "critical", "sla": "9m"}) + "\n" for n in range(150))
+        place.ok("submit-intent", "--batch", "-", stdin=batch.encode())
+        until(lambda: forecasts(place, fine["task_id"]), "the forecast")
+    assert place.task(fine["task_id"])["escalation_level"] == 0
+    with contextlib.ExitStack() as stack:
+        for _ in range(daemons):
+            stack.enter_context(place.daemon("--workers", "1", "--grace-period", "100ms"))
+        probe = json.dumps({"goal": "seen after the restart", "handler": "work", "priority": "critical", "sla": "15s"}) + "\n" + json.dumps(
+            {"goal": "and this", "handler": "work", "priority": "critical", "sla": "16s"}) + "\n" + json.dumps(
+            {"goal": "and that", "handler": "work", "priority": "critical", "sla": "17s"})  # fmt: skip
+        ids = [row["task_id"] for row in place.ok("submit-intent", "--json", "--batch", "-", stdin=probe.encode()).lines]
+        until(lambda: any(forecasts(place, task_id) for task_id in ids), "a forecast after the restart")
+    (event,) = forecasts(place, fine["task_id"])
+    assert instant(event["predicted_finish_at"]) > instant(event["sla_deadline"]) and event["message"].startswith("'fine' will likely miss")
+    told = [event["task_id"] for event in forecasts(place)]
+    assert len(told) == len(set(told))
+    (place.folder / "go").touch()
+
+
+def test_a_run_that_takes_longer_than_usual_is_foretold(place: Place, past: Past) -> None:
+    """While it runs, before the warning; nothing is advised, since nothing would help."""
+    shell(place, "work", BLOCK.replace("$0", str(place.folder)))
+    past.run("work", 2000)
+    place.ok("config", "set", "forecast.every", "100ms")
+    with place.daemon("--workers", "1"):
+        done = place.json("submit-intent", "hangs", "--handler", "work", "--sla", "12s")
+        assert done["predicted_miss"] is False
+        (event,) = until(lambda: forecasts(place, done["task_id"]), "the forecast")
+        assert event["advice"] == [] and "takes longer than the" in event["message"]
+        until(lambda: place.events("htm.sla.warning"), "the warning")
+        (place.folder / "go").touch()
+        place.until_status(done["task_id"], "completed")
+    topics = [event["topic"] for event in place.events("htm.sla.*")]
+    assert topics[0] == "htm.sla.forecast" and topics.count("htm.sla.forecast") == 1
+
+
+def test_nothing_is_foretold_too_late(place: Place, past: Past, module: Any) -> None:
+    """Neither after the warning's instant, nor twice, nor of a task that has ended or has no SLA."""
+    shell(place, "work", "true")
+    past.run("work", 60_000)
+    ids = [place.submit(str(n), "--handler", "work", *options)[1] for n, options in enumerate([("--sla", "30s"), ("--sla", "30s"), ()])]
+    place.ok("task", "cancel", ids[1])
+    told: dict[str, list[bool]] = {}
+    with contextlib.closing(module.Store(str(place.db), "past")) as store:
+
+        def tell(tx: Any) -> None:
+            for task_id in ids:
+                task = module.get_task(tx, task_id)
+                seen = {"start_at": tx.now, "finish_at": tx.now + 60_000, "basis": {"runs": 12, "p50_ms": 60_000, "p95_ms": 60_000, "slots": 1, "ahead": 0},
+                        "advice": []}  # fmt: skip
+                stale = {**task, "finished_at": None}
+                now, tx.now = tx.now, task["queued_at"] + 24_000
+                late = module.foretell(tx, stale, seen)
+                tx.now = now
+                told[task_id] = [late, module.foretell(tx, stale, seen), module.foretell(tx, stale, seen)]
+
+        store.write(tell)
+    assert told == {ids[0]: [False, True, False], ids[1]: [False, False, False], ids[2]: [False, False, False]}
+    assert [event["task_id"] for event in forecasts(place)] == [ids[0]]
+
+
+def test_many_submissions_at_once_each_get_their_forecast(place: Place, past: Past) -> None:
+    """Thirty-two processes, all doomed: each is told, and one event each."""
+    shell(place, "work", BLOCK.replace("$0", str(place.folder)))
+    past.run("work", 60_000)
+    with place.daemon("--workers", "1"):
+        words = [GRACE, "--json", "submit-intent", "doomed", "--handler", "work", "--sla", "20s"]
+        started = [subprocess.Popen(words, env=place.environment, stdout=subprocess.PIPE) for _ in range(32)]
+        documents = [json.loads(process.communicate(timeout=LIMIT)[0]) for process in started]
+        assert all(document["predicted_miss"] is True and document["advice"] for document in documents)
+        told = sorted(event["task_id"] for event in forecasts(place))
+        assert told == sorted(document["task_id"] for document in documents)
+        (place.folder / "go").touch()
+
+
+# ---- the queue on the screen
+
+
+def test_the_queue_on_the_screen(place: Place, past: Past) -> None:
+    """Who waits, what is late with what would help, why there is nothing to say; in 80 columns, and escaped."""
+    shell(place, "work", BLOCK.replace("$0", str(place.folder)))
+    shell(place, "new", "true")
+    past.run("work", 60_000)
+    assert place.ok("dashboard", "queued").out == "nothing is queued\n"
+    with place.daemon("--workers", "1"):
+        place.until_status(place.submit("runs", "--handler", "work")[1], "running")
+        late = place.json("submit-intent", "evil \x1b[2J\u202e goal", "--handler", "work", "--sla", "70s")["task_id"]
+        _, fresh = place.submit("first of its kind", "--handler", "new")
+        out = place.ok("dashboard", "queued").out
+        assert "LATE" in out and f"! {late} is going to be late" in out and "one more worker" in out
+        assert "! no forecast: nothing learned yet of new: needs 10 completed runs, has 0" in out
+        assert "\x1b" not in out and "\u202e" not in out and "\\u{1b}[2J" in out
+        (row,) = [row for row in place.json("dashboard", "queued") if row["task_id"] == late]
+        assert row["predicted_miss"] is True and row["waiting_ms"] >= 0 and any(one["saves"] for one in row["advice"])
+        assert place.call("dashboard", "queued", "--handler", "nobody").status == 3
+        assert place.call("dashboard", "queued", "--priority", "urgent").status == 2
+        place.ok("task", "cancel", fresh)
+        (place.folder / "go").touch()
+
+
+def test_a_long_queue_is_reckoned(place: Place, past: Past) -> None:
+    """Behind thousands: by how many are ahead, the further the later, without a play of all."""
+    shell(place, "work", BLOCK.replace("$0", str(place.folder)))
+    past.run("work", 1000)
+    with place.daemon("--workers", "1"):
+        place.until_status(place.submit("runs", "--handler", "work", "--priority", "critical")[1], "running")
+        lines = "".join(json.dumps({"goal": f"number {n}", "handler": "work", "priority": "normal"}) + "\n" for n in range(3000))
+        place.ok("submit-intent", "--batch", "-", stdin=lines.encode())
+        low = [place.submit(f"low {n}", "--handler", "work", "--priority", "low")[1] for n in range(3)]
+        rows = place.json("dashboard", "queued", "--priority", "low")
+        assert [row["task_id"] for row in rows] == low
+        at = [instant(row["predicted_start_at"]) for row in rows]
+        assert at[0] - instant(rows[0]["queued_at"]) == pytest.approx(3000, rel=0.05)
+        assert [b - a for a, b in pairwise(at)] == [pytest.approx(1, rel=0.1)] * 2
+        seen = predicted(place, low[0])
+        assert seen["basis"]["ahead"] == 3000 and instant(seen["start_at"]) == pytest.approx(at[0], abs=30)
+        assert "3000 tasks of its handler are ahead" in place.ok("task", "explain", low[0]).out
+        for options in ([], ["--limit", "1000"]):
+            rows = place.json("dashboard", "queued", *options)
+            assert len(rows) == (1000 if options else 50) and [row["predicted_start_at"] for row in rows] == sorted(row["predicted_start_at"] for row in rows)
+        (place.folder / "go").touch()
+
+
+def test_a_task_far_back_that_will_climb_is_not_foretold_to_be_late(place: Place, past: Past) -> None:
+    """Behind thousands of others without an SLA, but at half of its own it passes them."""
+    shell(place, "work", BLOCK.replace("$0", str(place.folder)))
+    past.run("work", 10_000)
+    with place.daemon("--workers", "1"):
+        place.until_status(place.submit("runs", "--handler", "work", "--priority", "critical")[1], "running")
+        lines = "".join(json.dumps({"goal": f"number {n}", "handler": "work"}) + "\n" for n in range(2000))
+        place.ok("submit-intent", "--batch", "-", stdin=lines.encode())
+        climbs = place.json("submit-intent", "climbs", "--handler", "work", "--priority", "low", "--sla", "20m")
+        at = instant(climbs["predicted_start_at"]) - instant(place.task(climbs["task_id"])["queued_at"])
+        assert climbs["predicted_miss"] is False and at == pytest.approx(600, abs=15)
+        (row,) = place.json("dashboard", "queued", "--priority", "low")
+        assert row["predicted_miss"] is False and instant(row["predicted_start_at"]) == pytest.approx(instant(climbs["predicted_start_at"]), abs=15)
+        (place.folder / "go").touch()
+
+
+@pytest.fixture
+def hostile(place: Place) -> Callable[[str], Place]:
+    """A database whose summary of durations somebody has spoilt."""
+    def spoil(text: str) -> Place:
+        shell(place, "work", "true")
+        place.sql(f"INSERT INTO handler_forecasts (handler, runs, mean_ms, sd_ms, p50_ms, p90_ms, p95_ms, histogram, completed, made_at) VALUES {text}")
+        return place
+
+    return spoil
+
+
+def test_a_summary_from_elsewhere_is_made_again_when_it_is_old(hostile: Callable[[str], Place]) -> None:
+    """Ten minutes old, or from the future: it is not believed."""
+    place = hostile("('work', 99, 5.0, 0.0, 5.0, 5.0, 5.0, '[[41, 99]]', 0, 1)")
+    with place.daemon("--workers", "1"):
+        assert place.json("submit-intent", "a", "--handler", "work")["predicted_start_at"] is None
+    assert place.sql("SELECT runs FROM handler_forecasts WHERE handler = 'work'") == [[0]]
