@@ -5680,6 +5680,15 @@ TALLY_OUTCOME = """INSERT INTO outcome_tallies (starts_at, task_type, domain, ki
 MILLION = 1_000_000
 
 
+def context_of(text: str) -> Row:
+    """The context of an outcome, with its measures; of one that somebody else has written anything may be missing."""
+    value = json.loads(text)
+    context: Row = value if isinstance(value, dict) else {}
+    metrics = context.get("metrics")
+    numbers = metrics.items() if isinstance(metrics, dict) else ()
+    return {"goal": None, "reason": None, **context, "metrics": {name: n for name, n in numbers if isinstance(n, (int, float))}}
+
+
 def tally_outcome(tx: Tx, hour: int, task_type: str, domain: str, confidence: float | None, context: Row) -> None:
     """Count what is out of the ordinary about an outcome; a success in one go, without stated confidence, is not."""
     metrics, status, success = context["metrics"], context["status"], int(context["status"] == "completed")
@@ -5691,15 +5700,50 @@ def tally_outcome(tx: Tx, hour: int, task_type: str, domain: str, confidence: fl
     if confidence is not None:
         error = round((confidence - success) ** 2 * MILLION)
         tx.tally(TALLY_OUTCOME, (*key, "confidence", str(min(9, int(confidence * 10 + 1e-9)))), 1, success, round(confidence * MILLION), error)
-    if metrics["attempt_number"] != 1:
+    if metrics.get("attempt_number", 1) != 1:
         tx.tally(TALLY_OUTCOME, (*key, "attempts", str(metrics["attempt_number"])), 1, success, metrics["attempt_number"], 0)
-    if success and metrics["execution_time_ms"] is not None:
+    if success and metrics.get("execution_time_ms") is not None:
         correct_durations(tx, key, metrics)
+
+
+OLD_TALLIES = "CREATE TEMPORARY TABLE old_outcome_tallies AS SELECT * FROM outcome_tallies"
+ODD_OUTCOMES = """SELECT seq, success, COALESCE(handler, 'command') AS task_type, domain, created_at, confidence_score, context FROM outcome_records
+  WHERE seq > :seq AND (success = 0 OR confidence_score IS NOT NULL OR CAST(json(context) -> 'metrics' ->> 'attempt_number' AS INTEGER) <> 1
+    OR json(context) -> 'metrics' ->> 'interruptions' IS NOT NULL OR json(context) -> 'metrics' ->> 'asleep_running_ms' IS NOT NULL)
+  ORDER BY seq LIMIT :n"""
+CHANGED_TALLIES = """SELECT COUNT(*) AS n FROM (SELECT * FROM (SELECT * FROM outcome_tallies EXCEPT SELECT * FROM old_outcome_tallies) AS added
+  UNION ALL SELECT * FROM (SELECT * FROM old_outcome_tallies EXCEPT SELECT * FROM outcome_tallies) AS gone) AS changed"""
+
+
+def retally(tx: Tx) -> int:
+    """Make the tallies again from the outcomes, unless some of these are gone; how many rows were changed."""
+    if tx.value(GAPS_IN_OUTCOMES):
+        return 0
+    tx.run(OLD_TALLIES)
+    tx.run("DELETE FROM outcome_tallies")
+    seq = 0
+    while page := tx.all(ODD_OUTCOMES, seq=seq, n=PAGE):
+        for row in page:
+            context = {"status": "completed" if row["success"] else "failed", **context_of(row["context"])}
+            tally_outcome(tx, row["created_at"] - row["created_at"] % HOUR, row["task_type"], row["domain"], row["confidence_score"], context)
+        tx.flush()
+        seq = page[-1]["seq"]
+    changed = int(tx.value(CHANGED_TALLIES))
+    tx.run("DROP TABLE old_outcome_tallies")
+    return changed
+
+
+def recount_all(tx: Tx) -> Row:
+    """All that is counted, made again from what it was counted from; what differed."""
+    told = recount(tx)
+    told["rows_changed"]["outcome_tallies"] = retally(tx)
+    tx.run("DELETE FROM handler_forecasts")  # summed up again when they are next asked for
+    return told
 
 
 def failure_word(context: Row) -> str:
     """Why something did not succeed: the reason, else the exit status, else the status."""
-    return str(context["reason"] or (f"exit {context['exit_status']}" if context.get("exit_status") else context["status"]))
+    return str(context.get("reason") or (f"exit {context['exit_status']}" if context.get("exit_status") else context.get("status", "failed")))
 
 
 def correct_durations(tx: Tx, key: tuple[int, str, str], metrics: Row) -> None:
@@ -5745,7 +5789,7 @@ def sla_time(outcome: Row) -> int | None:
 
     None for what says nothing: one that failed, that a shutdown or a crash interrupted, or whose time is not known. Imported runs
     have no queue, so that theirs is the time that they ran."""
-    metrics = json.loads(outcome["context"])["metrics"]
+    metrics = context_of(outcome["context"])["metrics"]
     if not outcome["success"] or metrics.get("interruptions"):
         return None
     total = metrics.get("total_time_ms")
@@ -5788,7 +5832,7 @@ def runs_of_command(reader: Reader, domain: str, goal: str) -> list[Run]:
     """Those for a command in the foreground, which has no name: earlier ones of the same domain and goal, which by default is its own words."""
     part = to_json(goal)
     alike = (row for row in outcomes_of(reader, None, RUNS_LOOKED_AT)
-             if row["domain"] == domain and part in row["context"] and json.loads(row["context"])["goal"] == goal)  # fmt: skip
+             if row["domain"] == domain and part in row["context"] and context_of(row["context"])["goal"] == goal)  # fmt: skip
     return latest_runs(alike, MAX_RUNS)
 
 
@@ -14308,7 +14352,7 @@ def doctor_command(app: App, anew: bool) -> int:
     store = app.store()
     if anew:
         with store.showing_life():
-            document = store.write(recount)
+            document = store.write(recount_all)
         app.show(document, lambda: show_recount(document))
         return 0
     findings, secrets = [*program_findings(), *machine_findings()], []

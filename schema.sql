@@ -293,8 +293,6 @@ CREATE TABLE outcome_tallies (
   PRIMARY KEY (starts_at, task_type, domain, kind, word)
 ) STRICT;
 
--- For how long the machine slept, or by how much its clock was set forward, as some worker noticed: no run is slower for that.
-
 -- What the newest runs of each handler took, summed up now and then, so that a forecast need not; what it was made of are htm_durations.
 CREATE TABLE handler_forecasts (
   handler   TEXT NOT NULL PRIMARY KEY,
@@ -311,7 +309,7 @@ CREATE TABLE handler_forecasts (
     (runs = 0 OR (mean_ms IS NOT NULL AND sd_ms IS NOT NULL AND p50_ms IS NOT NULL AND p90_ms IS NOT NULL AND p95_ms IS NOT NULL))
 ) STRICT;
 
--- For how long the machine slept, as some worker noticed when it woke: runs are not slower for that.
+-- For how long the machine slept, or by how much its clock was set forward, as some worker noticed: no run is slower for that.
 CREATE TABLE suspensions (
   seq       INTEGER PRIMARY KEY,
   woke_at   INTEGER NOT NULL,

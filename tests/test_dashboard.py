@@ -58,18 +58,12 @@ class History(Machine):
     def bring_in(self) -> None:
         """A run from elsewhere, as an import records it: no task of ours, and no part of our figures."""
         at, ms, good = self.now - self.chance.randrange(3 * DAY), self.chance.randrange(100_000), int(self.chance.random() < 0.8)
-        number = self.store.value("SELECT COUNT(*) AS n FROM outcome_records")
+        run = {"name": "old", "domain": "shop", "start": at - ms, "end": at, "success": bool(good), "confidence": None, "attempts": 2, "goal": None,
+               "reason": None}  # fmt: skip
+        run["id"] = self.g.past_id(run)
 
         def record(tx: Any) -> None:
-            tx.run("""INSERT INTO outcome_records (task_id, action_type, handler, domain, success, execution_time, context, created_at, imported)
-              VALUES (:id, 'intent_shop', 'old', 'shop', :good, :seconds, '{"metrics": {"attempt_number": 2}}', :at, 1)""",
-                   id=f"run_{number}", good=good, seconds=ms / 1000, at=at)  # fmt: skip
-            ended = {"status": "completed" if good else "failed", "sla_met": None, "sla_buffer_ms": None, "attempt_number": 2, "queue_time_ms": 0,
-                     "execution_time_ms": ms, "total_time_ms": ms}  # fmt: skip
-            folded = self.g.fold_hours(tx, tx.now - tx.now % HOUR)
-            self.g.add_sums(tx, at - at % HOUR, "old", "shop", 1, self.g.metric_sums(ended), folded)
-            if good:
-                self.g.add_duration(tx, at - at % HOUR, "old", "shop", 1, self.g.bucket_of(ms), 1, folded)
+            self.g.import_run(tx, run, self.g.fold_hours(tx, tx.now - tx.now % HOUR))
 
         self.write(record)
 
@@ -180,13 +174,16 @@ def test_every_figure_is_as_counted_by_hand(place: Place, module: Any, seed: int
         history.go(120)
         check_everything(module, place, history.store, history.now)
     store, before = history.store, history.now
-    clean = store.write(module.recount)
+    clean = store.write(module.recount_all)
     assert (clean["differences"], sum(clean["rows_changed"].values()), clean["only_raised"]) == ([], 0, False), "a sound database stays as it is"
+    tallies = store.all("SELECT * FROM outcome_tallies ORDER BY starts_at, task_type, domain, kind, word")
+    assert len({row["kind"] for row in tallies}) >= 2
     damage(store, history.chance)
-    told = store.write(module.recount)
+    told = store.write(module.recount_all)
+    assert store.all("SELECT * FROM outcome_tallies ORDER BY starts_at, task_type, domain, kind, word") == tallies
     assert told["differences"] and all(row["before"] != row["after"] for row in told["differences"]) and min(told["rows_changed"].values()) > 0
     check_everything(module, place, store, before)
-    assert store.write(module.recount)["differences"] == []
+    assert store.write(module.recount_all)["differences"] == []
     history.go(60)
     check_everything(module, place, store, history.now)
     store.close()
@@ -195,7 +192,7 @@ def test_every_figure_is_as_counted_by_hand(place: Place, module: Any, seed: int
 def damage(store: Any, chance: random.Random) -> None:
     """What a person with the sqlite3 shell could do to what is counted."""
     def spoil(tx: Any) -> None:
-        for table, key in (("htm_metrics", "completed"), ("htm_durations", "n"), ("task_counts", "n")):
+        for table, key in (("htm_metrics", "completed"), ("htm_durations", "n"), ("task_counts", "n"), ("outcome_tallies", "n")):
             tx.run(f"UPDATE {table} SET {key} = {key} + 3 WHERE rowid % 3 = {chance.randrange(3)}")
             tx.run(f"DELETE FROM {table} WHERE rowid % 4 = {chance.randrange(4)}")
         tx.run("UPDATE counters SET value = value + 5 WHERE name IN ('sla_met', 'warnings_issued', 'sub_agents_spawned')")
@@ -215,7 +212,7 @@ def test_counting_anew_never_lowers_what_may_be_gone(place: Place, module: Any) 
     store.con.execute("PRAGMA foreign_keys = OFF")
     store.write(lambda tx: tx.run("DELETE FROM htm_tasks WHERE finished_at IS NOT NULL AND seq % 2 = 0"))
     store.write(lambda tx: tx.run("UPDATE counters SET value = 0 WHERE name = 'warnings_issued'"))
-    told = store.write(module.recount)
+    told = store.write(module.recount_all)
     assert told["only_raised"] is True and {row["figure"] for row in told["differences"]} == {"total warnings_issued"}
     after = store.read(lambda reader: module.queue_counters(reader, history.now, module.MAX_DURATION))
     assert 0 < after.pop("warnings_issued") <= before.pop("warnings_issued")
