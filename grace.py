@@ -198,7 +198,10 @@ def parse_instant(text: str) -> int:
         raise ValueError("write an instant with its offset, such as 2026-11-22T07:08:19Z or 2026-11-22T08:08:19+01:00")
     from datetime import datetime
 
-    return round(datetime.fromisoformat(text.upper()).timestamp() * 1000)
+    try:
+        return round(datetime.fromisoformat(text.upper()).timestamp() * 1000)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{text[:40]!r} is no instant that there is: look at the day, the time and the offset") from None
 
 
 def format_instant(ms: int | None) -> str | None:
@@ -845,8 +848,11 @@ MIN_RUNS = 10  # below this nothing is guessed
 MAX_RUNS = 2000  # older ones are not looked at
 EXPERTS = ((0.0, MAX_RUNS, 1.0), (1 / 40, 300, 1.03), (1 / 6, 300, 1.06))  # least step of the level, scores kept, handicap
 LOSS_MEMORY = 300  # runs over which losses are compared
+USUAL_RATE = 0.95
+DRIFT_RUNS = 25  # a quarter of fewer has no middle to compare
 SETTLED = 100  # runs after which the level of an expert without a least step rests: its scores then are the plain durations
 CONFORMAL_STEP = 0.0005
+REACH = 1.25  # no quantile lies further beyond the longest run seen: few runs, or two kinds of them, say nothing of what is there
 FINE, COARSE = 10, 1000  # ms added before the logarithm is taken: shorter ones are all alike; the latter where a clock told whole seconds only
 SHIFT_SLACK, SHIFT_ALARM = 0.2, 2.5  # of the sums that notice a change of level, in ranks from -0.5 to 0.5
 HOUR_MEMORY = 0.995  # what an hour's past weighs at its next run
@@ -982,7 +988,7 @@ class Predictor:
         self._begin()
 
     def _begin(self) -> None:
-        self.aim, self.runs = self.rate, 0
+        self.aim, self.runs, self.longest = self.rate, 0, 0
         self._hours = _Hours()
         self._experts = [_Expert(*kind) for kind in EXPERTS]
         self._recent: deque[float] = deque(maxlen=64)
@@ -995,6 +1001,7 @@ class Predictor:
             if ms % COARSE:
                 self._look_closer()
                 return
+        self.longest = max(self.longest, ms)
         log_ms = self.logarithm(ms)
         clear = log_ms - self._hours.factor(started_at)
         self._recent.append(clear)
@@ -1017,8 +1024,8 @@ class Predictor:
         return math.log(max(ms, 0) + self.grain)
 
     def duration(self, log_ms: float) -> float:
-        """The milliseconds of a logarithm, at least 0."""
-        return max(0.0, math.exp(min(log_ms, 40.0)) - self.grain)
+        """The milliseconds of a logarithm, at least 0 and at most REACH times the longest run."""
+        return min(max(0.0, math.exp(min(log_ms, 40.0)) - self.grain), REACH * max(1.0, self.longest))
 
     def quantile(self, at: int) -> int:
         """The milliseconds that a run beginning at `at` keeps with probability `rate`; 0 while nothing has been observed."""
@@ -1116,28 +1123,30 @@ def _drift(latest: list[Run], quarter: int, logarithm: Callable[[float], float])
         return logarithm(plain_quantile((ms for _, ms in runs), 0.5))
 
     rises = sorted(middle(latest[at : at + quarter]) - middle(latest[at - quarter : at]) for at in places)
-    return max(0.0, rises[len(rises) // 3]) if quarter >= MIN_RUNS else 0.0
+    return max(0.0, rises[len(rises) // 3]) if quarter >= DRIFT_RUNS else 0.0
 
 
 def suggest_sla(runs: Iterable[Run], rate: float, now: int) -> Row | None:
     """One constant SLA that coming runs keep at `rate`, in the worst hour too; None for fewer than MIN_RUNS.
 
     It is the quantile at a cautious rate, as high as the last day asked for, lengthened by what the past shows that drift adds in
-    another quarter of the time. `quantile_ms` is the plain quantile of the runs, `margin` the ratio of the SLA to it. A run that seems
-    to end after `now`, because the clock was set back, counts as ending now.
+    another quarter of the time. A stricter rate never gives a shorter one, since which expert speaks is judged at the same rate for
+    all. `quantile_ms` is the plain quantile of the runs, `margin` the ratio of the SLA to it. A run that seems to end after `now`,
+    because the clock was set back, counts as ending now.
     """
-    predictor, latest = Predictor(rate), _latest((min(end, now), ms) for end, ms in runs)
+    _check_rate(rate)
+    predictor, latest = Predictor(USUAL_RATE), _latest((min(end, now), ms) for end, ms in runs)
     if len(latest) < MIN_RUNS:
         return None
     said: list[tuple[int, float]] = []
-    for count, (end, ms) in enumerate(latest, 1):
+    for end, ms in latest:
         predictor.observe(end - ms, ms)
-        said.append((end, predictor.worst_quantile(cautious_rate(rate, count))))
+        said.append((end, predictor.worst_quantile(cautious_rate(rate, len(latest)))))
     plain = plain_quantile((ms for _, ms in latest), rate)
     quarter = len(latest) // 4
     recent = [ms for _, ms in latest[-max(MIN_RUNS, quarter) :]]
     needed = max(_last_day(said), plain_quantile(recent, cautious_rate(rate, len(recent))))
-    sla = round_up(predictor.duration(predictor.logarithm(needed) + _drift(latest, quarter, predictor.logarithm)))
+    sla = round_up(needed + (needed + predictor.grain) * math.expm1(_drift(latest, quarter, predictor.logarithm)))
     first, last = latest[0][0], latest[-1][0]
     return {"sla_ms": sla, "runs": len(latest), "percentile": round(100 * rate, 6), "quantile_ms": plain, "margin": round(sla / max(plain, 1), 3),
             "span_ms": last - first, "first_at": first, "last_at": last}  # fmt: skip
@@ -5650,6 +5659,9 @@ INSERT_OUTCOME = """INSERT INTO outcome_records (task_id, intent_id, action_type
     (SELECT confidence FROM intent_records WHERE intent_id = :intent_id), :execution_time, :context, :now) RETURNING confidence_score"""
 STARTS_OF = "SELECT COUNT(*) AS n FROM htm_task_attempts WHERE task_id = :id"
 NOTE_SLEEP = "INSERT INTO suspensions (woke_at, asleep_ms) VALUES (:now, :asleep)"
+HAS_DEPENDENCIES = "SELECT 1 AS known FROM task_dependencies WHERE task_id = :id LIMIT 1"
+UNBLOCKED_AT = """SELECT created_at FROM events WHERE subject = :id AND topic = 'htm.task.update'
+  AND json(payload) ->> 'previous_status' = 'blocked' ORDER BY seq LIMIT 1"""
 LAST_WOKE = "SELECT COALESCE(MAX(woke_at), 0) AS at FROM suspensions"
 ASLEEP_SINCE = "SELECT COALESCE(SUM(asleep_ms), 0) AS ms FROM suspensions WHERE woke_at >= :since"
 OUTCOME_OF = "SELECT 1 AS known FROM outcome_records WHERE task_id = :id"
@@ -5660,10 +5672,13 @@ def as_truth(value: int | None) -> bool | None:
 
 
 def unusual_metrics(tx: Tx, task: Row) -> Row:
-    """What most runs have none of, and is not asked for where the row tells: starts that came to nothing, and time (ms) asleep."""
+    """What most runs have none of, and is not asked for where the row tells: starts that came to nothing, time (ms) asleep, and time that it waited
+    for other intents."""
     found: Row = {}
     if task["attempt_number"] != 1 or task["started_at"] is None or task["started_at"] - task["queued_at"] != task["queue_time_ms"]:
         found["interruptions"] = tx.value(STARTS_OF, id=task["task_id"]) - task["attempt_number"]
+    if (task["queue_time_ms"] or 0) >= SECOND and tx.one(HAS_DEPENDENCIES, id=task["task_id"]):
+        found["blocked_ms"] = max(0, int(tx.value(UNBLOCKED_AT, id=task["task_id"]) or 0) - task["queued_at"])
     if "_woke_at" not in tx.settings:
         tx.settings["_woke_at"] = tx.value(LAST_WOKE)
     if tx.settings["_woke_at"] >= task["queued_at"]:
@@ -5795,7 +5810,7 @@ def sla_time(outcome: Row) -> int | None:
     total = metrics.get("total_time_ms")
     if total is None and outcome["execution_time"] is not None:
         total = (metrics.get("queue_time_ms") or 0) + round(outcome["execution_time"] * 1000)
-    return None if total is None else max(0, total - metrics.get("asleep_ms", 0))
+    return None if total is None else max(0, round(total - metrics.get("asleep_ms", 0) - metrics.get("blocked_ms", 0)))
 
 
 def outcomes_of(reader: Reader, handler: str | None, most: int) -> Iterator[Row]:
@@ -5842,6 +5857,12 @@ def recorded_names(reader: Reader) -> Iterator[str]:
     while name is not None:
         yield name
         name = reader.value(NEXT_NAME, after=name)
+
+
+def refuse_commands(name: str) -> None:
+    """UsageError for the kind that all commands in the foreground have: they are learned from by what they do."""
+    if name == "command":
+        raise UsageError("commands of `grace run` are told apart by their domain and goal, not by a handler", "let grace find it: grace run --sla auto -- CMD")
 
 
 def sla_suggestion(reader: Reader, name: str, rate: float, now: int) -> Row:
@@ -5949,7 +5970,7 @@ def parse_moment(what: str, value: Any) -> int:
         at = round(value * 1000)
     else:
         raise ValueError(f"{what} is an instant with its offset, such as \"2026-11-22T07:08:19Z\", or a number of seconds since 1970")
-    if at < 0:
+    if at < 0 or (not isinstance(value, str) and value < 0):
         raise ValueError(f"{what} lies before 1970")
     return at
 
@@ -5993,7 +6014,9 @@ def past_facts(values: Row) -> Row:
     texts = {key: values.get(key) for key in ("goal", "reason")}
     for key, text in texts.items():
         if text is not None:
-            check_text(text if isinstance(text, str) else "", f"the {key}", 2000 if key == "goal" else 200)
+            if not isinstance(text, str):
+                raise ValueError(f"the {key} is a text")
+            check_text(text, f"the {key}", 2000 if key == "goal" else 200)
     return {"success": success, "confidence": None if confidence is None else float(confidence), "attempts": attempts, **texts}
 
 
@@ -6119,12 +6142,14 @@ def learning_facts(reader: Reader, since: int, handler: str | None, domain: str 
         of(row).add_duration(row["late"], row["bucket"], row["n"])
     for row in reader.all(STATS_TALLIES, since=bounds["since"], **chosen):
         of(row).add_tally(row)
-    middles = {name: (min(one.first_at for (other, _), one in found.items() if other == name)
-                      + max(one.last_at for (other, _), one in found.items() if other == name)) // 2 for name, _ in found}  # fmt: skip
+    spans: dict[str, tuple[int, int]] = {}
+    for (name, _), one in found.items():
+        first, last = spans.get(name, (one.first_at, one.last_at))
+        spans[name] = min(first, one.first_at), max(last, one.last_at)
     for row in reader.all(STATS_CORRECTIONS, since=bounds["since"], **chosen):
         whole = bounds["day"] <= row["starts_at"] < bounds["last_day"]
         at = row["starts_at"] - (row["starts_at"] % DAY if whole else 0)
-        of(row).correct(row, int(at > middles.get(row["task_type"], 0)))
+        of(row).correct(row, int(at > sum(spans.get(row["task_type"], (0, 0))) // 2))
     return dict(sorted(found.items(), key=lambda item: (item[0][0], item[0][1] or "")))
 
 
@@ -10636,6 +10661,8 @@ def batch_lines(source: str, what: str = "--batch", undone: str = "nothing was s
                 number += 1
                 if len(line) > MAX_LINE:
                     raise UsageError(f"{what}: line {number}: larger than 1 MiB", undone)
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark, as some editors leave it
                 if line.strip():
                     yield number, line
     except (OSError, ValueError) as error:
@@ -11861,6 +11888,7 @@ def learn_suggest(app: App, handler: str | None, rate: float | None, put: bool) 
         header = ("HANDLER", "SLA", "RUNS", f"P{100 * aim:g}", "NOW", "NOTE")
         app.show(documents, lambda: show_table(header, cells, "no handlers and no outcomes"))
         return
+    refuse_commands(handler)
     basis = sla_suggestion(store, handler, aim, now)
     if put or not basis["runs"]:
         refuse_unknown_name(store, handler)
@@ -11869,8 +11897,8 @@ def learn_suggest(app: App, handler: str | None, rate: float | None, put: bool) 
                             "wait for more, or import earlier ones: grace learn import FILE")  # fmt: skip
     if put:
         row = store.write(lambda tx: apply_suggestion(tx, basis, aim))
-        basis = {**basis, "current_sla_ms": row["sla_ms"]}
-    document = {**basis_document(basis), "rate": aim, "applied": put}
+        basis = {**basis, "previous_sla_ms": basis["current_sla_ms"], "current_sla_ms": row["sla_ms"]}
+    document = {**basis_document(basis), "previous_sla_ms": basis.get("previous_sla_ms"), "rate": aim, "applied": put}
     app.show(document, lambda: show_suggestion(document))
 
 
@@ -11881,7 +11909,7 @@ def show_suggestion(document: Row) -> None:
     write_folded(f"{rate} of {document['runs']} runs from {document['first_at'][:10]} to {document['last_at'][:10]} took at most "
                  f"{format_duration(document['quantile_ms'])}; {more} (times {document['margin']:g}).", 2)  # fmt: skip
     if document["applied"]:
-        write_out("It has that SLA now.")
+        write_out(f"It has that SLA now; before, it was {format_duration(document['previous_sla_ms'])}.")
     elif document["is_handler"]:
         write_out(f"now: {format_duration(document['current_sla_ms'])}; set it: grace learn suggest-sla --handler {name} --apply")
 
@@ -11896,6 +11924,8 @@ def learn_backtest(app: App, handler: str | None, rate: float | None, fixed_ms: 
     Each run is predicted from those before it. The pinball loss is what wrong predictions cost, in time; less is better. Coverage is the share kept."""
     store = app.store()
     aim = rate if rate is not None else ratio_setting(store, "learn.rate")
+    if handler is not None:
+        refuse_commands(handler)
     names = [handler] if handler is not None else list(recorded_names(store))
     documents = [tested for name in names if (tested := backtest_of(store, name, aim, fixed_ms, limit))["runs"] or handler is not None]
     if handler is not None and not documents[0]["runs"]:
@@ -11920,6 +11950,14 @@ def backtest_of(store: Store, name: str, rate: float, fixed_ms: int | None, limi
     return {"handler": name, "recorded_runs": len(history), "runs": result["runs"], "rate": rate, "fixed_ms": result["fixed_ms"], **ways}
 
 
+def backtest_verdict(document: Row) -> str:
+    """What would have served best: the least loss among those that kept the rate within two points."""
+    ways = {"grace": "grace", "fixed": f"the fixed {format_duration(document['fixed_ms'])}", "mean_of_last_ten": "the mean of the last ten"}
+    kept = [way for way in ways if document[way]["coverage_rate"] >= document["rate"] - 0.02]
+    best = min(kept, key=lambda way: document[way]["pinball_loss_ms"], default=None)
+    return f"{ways[best]} did best" if best else f"none kept {shown_rate(document['rate'])}"
+
+
 def show_backtest(documents: list[Row], rate: float) -> None:
     cells = []
     for document in documents:
@@ -11934,6 +11972,9 @@ def show_backtest(documents: list[Row], rate: float) -> None:
         show_table(("HANDLER", "PREDICTED BY", "PINBALL LOSS", "COVERAGE", "RUNS"), cells, "no outcomes to test on")
     if cells:
         write_out(f"aim: {shown_rate(rate)} kept, at the least loss")
+    for document in documents:
+        if document["runs"]:
+            write_folded(f"{document['handler']}: {backtest_verdict(document)}", 2)
 
 
 def shown_progress(items: Iterable[Any], what: str) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
@@ -105,6 +106,8 @@ GOOD = {"name": "backup", "start": "2026-01-05T10:00:00Z", "end": "2026-01-05T10
 @pytest.mark.parametrize(("change", "said"), [
     ({"end": "2026-01-05T09:59:59Z"}, "before it starts"), ({"end": "2090-01-05T10:00:00Z"}, "in the future"), ({"start": "yesterday"}, "start: write"),
     ({"start": "2026-01-05 10:00:00"}, "with its offset"), ({"start": True}, "start is an instant"), ({"start": -5}, "before 1970"),
+    ({"start": -0.0001}, "before 1970"), ({"start": "2026-02-30T10:00:00Z"}, "no instant that there is"),
+    ({"start": "2026-01-05T10:00:00+99:00"}, "no instant"),
     ({"start": 1e300}, "start is"),
     ({"name": 'a "b"'}, "name is 1 to 64"), ({"name": "a\nb"}, "name is 1 to 64"), ({"name": 7}, "name is 1 to 64"), ({"name": "rescue"}, "grace's own"),
     ({"domain": "no such/name"}, "domain is 1 to 64"), ({"success": "yes"}, "true or false"), ({"confidence": 1.5}, "confidence is a number"),
@@ -454,6 +457,42 @@ def test_settings_of_learning_refuse_what_they_cannot_be(place: Place, name: str
 
 
 # ---- replays and rehearsals
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(place: Place, module: Any) -> None:
+    """Some editors leave one."""
+    place.ok("learn", "import", "-", stdin=b"\xef\xbb\xbf" + lines(*steady(now_of(module), 3)))
+    assert len(place.json("learn", "outcomes")) == 3
+
+
+def test_time_that_it_waited_for_another_intent_teaches_nothing(place: Place, module: Any) -> None:
+    """A task that was blocked for long counts from when it could start."""
+    g = module
+    place.handler("work", "--external")
+    first, _ = place.submit("first", "--handler", "work")
+    place.submit("second", "--handler", "work", "--after", first)
+    with contextlib.closing(g.Store(str(place.db))) as store:
+        start = g.clock()
+
+        def later(ms: int, act: Any) -> Any:
+            def run(tx: Any) -> Any:
+                tx.now = start + ms
+                return act(tx)
+
+            return store.write(run)
+
+        for ms in (600_000, 605_000):
+            task = later(ms, lambda tx: g.claim_external(tx, ["work"], "w", 60_000))
+            later(ms + 2000, lambda tx, task=task: g.end_attempt(tx, task["task_id"], task["attempt_id"], {"outcome": "completed"}))
+        taught = [run[1] for run in g.runs_of(store, "work")]
+    assert 600_000 <= taught[0] < 603_000 and 4000 <= taught[1] < 6000
+
+
+def test_commands_have_no_suggestion_of_their_own(place: Place) -> None:
+    """They are told apart by what they do; whoever asks is told how."""
+    for words in (("suggest-sla",), ("backtest",)):
+        done = place.call("learn", *words, "--handler", "command")
+        assert done.status == 2 and "--sla auto" in done.err
 
 
 def test_a_replay_says_whether_it_would_have_predicted(place: Place, module: Any) -> None:

@@ -403,6 +403,28 @@ def test_zeros_count_as_a_millisecond(module: Any) -> None:
     assert module.backtest(same_instant, 0.95) is None  # none had ended before another began
 
 
+@pytest.mark.parametrize("count", [10, 15, 20, 30, 50, 100])
+def test_few_and_irregular_runs_suggest_nothing_absurd(module: Any, count: int) -> None:
+    """Two kinds of runs, or a long tail, and few of them: never more than a quarter (and the rounding) beyond the longest that was seen."""
+    for seed in range(10):
+        chance = random.Random(seed)
+        for draw in (lambda: 60_000 if chance.random() < 0.15 else 100, lambda: round(chance.expovariate(1 / 5000)) + 1):  # noqa: B023
+            runs = [(START + n * HOUR // 2, draw()) for n in range(count)]
+            longest = max(ms for _, ms in runs)
+            for rate in (0.8, 0.95, 0.99):
+                assert module.predict_duration(runs, rate, START + count * HOUR) <= 1.25 * longest + 1
+                assert module.suggest_sla(runs, rate, START + count * HOUR)["sla_ms"] <= (1.4 if count < 100 else 3) * longest + 1
+
+
+def test_a_stricter_rate_never_asks_for_less(module: Any) -> None:
+    """Whatever the history, the suggestion only rises with the rate."""
+    for kind in ("calm", "lognormal", "nightly hours", "all together"):
+        for count in (12, 52, 400):
+            runs = workload(kind, 1, HOUR)[:count]
+            asked = [module.suggest_sla(runs, rate, runs[-1][0])["sla_ms"] for rate in (0.5, 0.8, 0.9, 0.95, 0.97, 0.99, 0.999)]
+            assert asked == sorted(asked), (kind, count)
+
+
 def test_whole_seconds_are_no_reason_for_hours(module: Any) -> None:
     """A clock of whole seconds says 0 for most runs and 23 s for a few: the loss stays near the fixed SLA's, and no prediction is beyond reason."""
     chance, at, runs, predicted = random.Random(9), START, [], []
