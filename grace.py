@@ -8682,6 +8682,41 @@ def notify_systemd(text: str) -> None:
         sender.sendto(text.encode(), "\0" + address[1:] if address.startswith("@") else address)
 
 
+def has_terminal() -> bool:
+    """Whether this process has a controlling terminal that is still there."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+def drop_dead_streams() -> None:
+    """Put /dev/null where output went to a terminal or a reader that is gone, so that it can go on being written."""
+    import select
+
+    poll = select.poll()
+    for fd in (1, 2):
+        poll.register(fd, 0)
+    dead = [fd for fd, _ in poll.poll(0)]  # hung up, or in error
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in dead:
+        os.dup2(null, fd)
+    os.close(null)
+
+
+def unfailing(say: Callable[[str, Row], None]) -> Callable[[str, Row], None]:
+    """Lines for whoever reads them: work does not end because nobody can any more."""
+
+    def heard(what: str, facts: Row) -> None:
+        try:
+            say(what, facts)
+        except OSError:
+            drop_dead_streams()
+
+    return heard
+
+
 def clocks() -> tuple[int, int, int]:
     """Wall, monotonic, and boot clock (which goes on while the machine sleeps), in milliseconds."""
     boot = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
@@ -8982,7 +9017,8 @@ class Daemon:
                  stats_every: int = MINUTE):  # fmt: skip
         resumed = resumed_state()
         self.store, self.slots, self.only, self.grace_ms, self.once, self.drain = store, slots, only, grace_ms, once, drain
-        self.say = say
+        self.say = unfailing(say)
+        self.terminal = bool(resumed.get("terminal")) if resumed else has_terminal() and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN  # nohup(1)
         store.since = resumed["since"] if resumed else clock()
         self.enlistment = Enlistment(store, "daemon", slots, resumed, "draining" if drain else "running", only)
         self.worker = self.enlistment.worker
@@ -9073,7 +9109,7 @@ class Daemon:
     def _hear_signals(self) -> None:
         while self.sup.signals:
             signum = self.sup.signals.pop(0)
-            if signum == signal.SIGHUP:
+            if signum == signal.SIGHUP and (self.stop_at is not None or not self._terminal_is_gone()):
                 self.reload = self.stop_at is None
             elif self.stop_at is None:
                 self.reload = False
@@ -9086,6 +9122,13 @@ class Daemon:
         if self.stop_at is not None and time.monotonic() >= self.stop_at:
             for child in self.sup.children.values():
                 self.sup.stop(child, "interrupted")
+
+    def _terminal_is_gone(self) -> bool:
+        """Whether this HUP says that the terminal from which we were started was closed, and not that there is a newer version."""
+        if not self.terminal or has_terminal():
+            return False
+        drop_dead_streams()
+        return True
 
     def _watch_clocks(self) -> None:
         """Notice sleep and steps of the clock: recorded once, leases moved along, the ladder looked at afresh."""
@@ -9330,7 +9373,7 @@ class Daemon:
         self.bell.close()
         self._dismiss_asker()
         fds = [self.enlistment.lock, *(fd for child in self.sup.children.values() for fd in child.pipes)]
-        state = {"worker": self.worker, "lock": self.enlistment.lock, "since": self.store.since,
+        state = {"worker": self.worker, "lock": self.enlistment.lock, "since": self.store.since, "terminal": self.terminal,
                  "children": [child.facts() for child in self.sup.children.values()]}  # fmt: skip
         signal.set_wakeup_fd(-1)
         handover = payload_file(to_json(state))

@@ -6,6 +6,7 @@ import contextlib
 import getpass
 import json
 import os
+import pty
 import re
 import resource
 import shutil
@@ -19,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import GRACE, LIMIT, Place, alive, shell, until
+from tests.conftest import GRACE, LIMIT, Place, alive, need, shell, until
 
 FOREVER = "while :; do sleep 0.1; done"
 
@@ -504,6 +505,64 @@ def test_term_right_after_hup_stops_the_daemon(place: Place) -> None:
             time.sleep(pause)  # not a wait: the moment is what is tried
             daemon.terminate()
             assert daemon.wait(20) == 0, pause
+
+
+def daemon_on_terminal(place: Place, *before: str) -> tuple[subprocess.Popen[bytes], int]:
+    """A daemon that a terminal of its own controls, and the terminal's other end."""
+    outer, inner = pty.openpty()
+    on_it = f'exec "$@" < {os.ttyname(inner)} > {os.ttyname(inner)} 2>&1'  # the leader of a session gets the terminal that it opens
+    words = ["sh", "-c", on_it, "sh", *before, GRACE, "daemon", "--workers", "1"]
+    process = subprocess.Popen(words, env=place.environment, cwd=place.folder, start_new_session=True)
+    place.processes.append(process)
+    until(lambda: any(row["pid"] == process.pid for row in place.json("status")["workers"]), "the daemon to be ready")
+    os.close(inner)
+    return process, outer
+
+
+@pytest.mark.parametrize("renewed", [False, True])
+def test_a_daemon_whose_terminal_is_closed_stops_in_order(place: Place, renewed: bool) -> None:
+    """Its handler may finish, nothing is lost or left behind, and the stop is an event; so too after it has renewed itself."""
+    shell(place, "work", WAIT_FOR_GO)
+    daemon, outer = daemon_on_terminal(place)
+    _, task_id = place.submit("finishes", "--handler", "work")
+    place.until_status(task_id, "running")
+    if renewed:
+        renew(place, daemon)
+    os.close(outer)
+    until(lambda: place.json("status")["workers"][0]["state"] == "stopping", "the daemon to heed that its terminal is gone")
+    release(place)
+    assert daemon.wait(LIMIT) == 0
+    assert place.task(task_id)["status"] == "completed"
+    assert [event["payload"]["reason"] for event in place.events("daemon.stopped")] == ["asked"]
+    assert place.json("status")["workers"] == []
+
+
+def test_a_daemon_under_nohup_outlives_its_terminal(place: Place) -> None:
+    """HUP renews it even then, and it goes on working though its output can go nowhere."""
+    need("nohup")
+    shell(place, "work", "exit 0")
+    daemon, outer = daemon_on_terminal(place, "nohup")
+    started = len(place.events("daemon.started"))
+    os.close(outer)
+    until(lambda: reloaded(place, started), "the daemon to renew itself")
+    place.until_status(place.submit("afterwards", "--handler", "work")[1], "completed")
+    daemon.terminate()
+    assert daemon.wait(LIMIT) == 0
+
+
+def test_a_daemon_goes_on_when_nobody_reads_what_it_says(place: Place) -> None:
+    """The reader of its output has gone: work is done all the same, HUP renews it, and TERM stops it in order."""
+    shell(place, "work", "exit 0")
+    daemon = place.start("daemon")
+    assert daemon.stdout is not None and daemon.stderr is not None and b"started" in daemon.stdout.readline()
+    daemon.stdout.close()
+    daemon.stderr.close()
+    place.until_status(place.submit("unheard", "--handler", "work")[1], "completed")
+    renew(place, daemon)
+    place.until_status(place.submit("afterwards", "--handler", "work")[1], "completed")
+    daemon.terminate()
+    assert daemon.wait(LIMIT) == 0
+    assert place.json("status")["workers"] == []
 
 
 def test_hup_finds_the_same_database_by_a_relative_path(place: Place) -> None:
