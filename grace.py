@@ -1711,6 +1711,7 @@ SETTINGS: dict[str, tuple[str, int, str]] = {
     "health.window": ("duration", HOUR, "The time that compliance, failures and recoveries are judged over, in whole hours."),
     "health.least_ended": ("count", 10, "Compliance and failures are judged only when so many tasks have ended in the window."),
     "health.no_daemon": ("duration", 5 * MINUTE, "Critical: work for a daemon has waited, and no daemon was there, for longer."),
+    "health.lost_tasks": ("count", 0, "Critical: more tasks are held by workers that died, and no daemon puts them back."),
     "health.daemon_silent": ("duration", MINUTE, "Critical: a daemon lives but has said nothing for longer (at least three heartbeats)."),
     "health.disk_free": ("bytes", 256 << 20, "Critical: less room is left on the disk of the database."),
     "health.open_violations": ("count", 0, "Degraded: more open tasks are past their SLA."),
@@ -8682,7 +8683,7 @@ def notify_systemd(text: str) -> None:
         sender.sendto(text.encode(), "\0" + address[1:] if address.startswith("@") else address)
 
 
-def has_terminal() -> bool:
+def has_controlling_terminal() -> bool:
     """Whether this process has a controlling terminal that is still there."""
     try:
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
@@ -9018,7 +9019,7 @@ class Daemon:
         resumed = resumed_state()
         self.store, self.slots, self.only, self.grace_ms, self.once, self.drain = store, slots, only, grace_ms, once, drain
         self.say = unfailing(say)
-        self.terminal = bool(resumed.get("terminal")) if resumed else has_terminal() and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN  # nohup(1)
+        self.terminal = bool(resumed.get("terminal")) if resumed else has_controlling_terminal() and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
         store.since = resumed["since"] if resumed else clock()
         self.enlistment = Enlistment(store, "daemon", slots, resumed, "draining" if drain else "running", only)
         self.worker = self.enlistment.worker
@@ -9073,7 +9074,7 @@ class Daemon:
             return mended
 
         self.store.write(begin)
-        notify_systemd(f"READY=1\nSTATUS={self.slots} slots\nMAINPID={os.getpid()}")
+        notify_systemd(f"READY=1\nSTATUS={counted(self.slots, 'slot')}\nMAINPID={os.getpid()}")
         self.say("started", {"worker_id": self.worker, "slots": self.slots, "database": self.store.path})
 
     def _turn(self) -> None:
@@ -9125,7 +9126,7 @@ class Daemon:
 
     def _terminal_is_gone(self) -> bool:
         """Whether this HUP says that the terminal from which we were started was closed, and not that there is a newer version."""
-        if not self.terminal or has_terminal():
+        if not self.terminal or has_controlling_terminal():
             return False
         drop_dead_streams()
         return True
@@ -9153,6 +9154,8 @@ class Daemon:
             if not self.drain and self.stop_at is None and rotations_wait(self.store, clock()):
                 self.store.write(look_after_rotations)
                 self.look = True
+            if not self.drain and self.stop_at is None and adaptation_due(self.store, clock()):
+                self.to_adapt = self.store.write(begin_adapting)
         waiting = [burial for burial in self.burials if not burial.step()]
         self.look = self.look or len(waiting) < len(self.burials)
         self.burials = waiting
@@ -9164,8 +9167,6 @@ class Daemon:
                 self.say("repaired", {"links": mended})
             sweep_doors(self.store)
             shred_if_due(self.store)
-            if not self.drain and self.stop_at is None and adaptation_due(self.store, clock()):
-                self.to_adapt = self.store.write(begin_adapting)
         while self.to_adapt:
             self._adapt(self.to_adapt.pop())
             if not self.once:  # one a round: each takes as long as some tasks do
@@ -9877,6 +9878,7 @@ def problems(store: Store, counters: Row, daemons: list[Row], workers: list[Row]
 HEALTH_LEVELS = ("healthy", "warning", "degraded", "critical")
 HEALTH_CHECKS = (  # code, which is its setting's name too; level, unit; what is wrong, and what to do
     ("no_daemon", "critical", "ms", "work waits for a daemon, and none has been there for {}", "start one: grace daemon"),
+    ("lost_tasks", "critical", "tasks", "{} held by a worker that died, and no daemon is there to put back what was lost", "start one: grace daemon"),
     ("daemon_silent", "critical", "ms", "a daemon lives but has said nothing for {}", "see what it is doing, then restart it"),
     ("disk_free", "critical", "bytes", "only {} are left on the disk of the database", "free some space, or nothing can be recorded any more"),
     ("open_violations", "degraded", "tasks", "{} past the SLA", "see them: grace dashboard violations"),
@@ -9892,8 +9894,16 @@ HEALTH_CHECKS = (  # code, which is its setting's name too; level, unit; what is
     ("waiting_consent", "warning", "tasks", "{} waiting for consent", "answer: grace consent pending"),
 )
 AT_LEAST = ("disk_free", "sla_compliance")  # what must not be below its threshold; the others must not be above
-LAST_DAEMON = """SELECT COALESCE(stopped_at, heartbeat_at) AS at FROM workers WHERE worker_id >= 'daemon_' AND worker_id < 'daemon`'
-  ORDER BY worker_id DESC LIMIT 1"""
+UP_TO = ("utilization",)  # what must not even be at it
+LAST_STOP = "SELECT MAX(stopped_at) AS at FROM workers WHERE kind = 'daemon' AND stopped_at IS NOT NULL"
+LAST_BEAT = "SELECT MAX(heartbeat_at) AS at FROM workers WHERE kind = 'daemon' AND stopped_at IS NULL"
+OLDEST_OURS = """SELECT MIN(q.queued_at) AS at FROM (SELECT queued_at, handler FROM htm_tasks
+  WHERE status = 'queued' AND available_at IS NULL AND queued_at <= :now ORDER BY queued_at LIMIT 10000) AS q
+  JOIN handlers h ON h.name = q.handler WHERE h.paused = 0 AND h.external = 0"""
+NEXT_OF_HANDLER = """SELECT queued_at AS at FROM htm_tasks WHERE handler = :name AND status = 'queued' AND available_at IS NULL
+  ORDER BY rank, order_at, seq LIMIT 1"""
+LOST_TASKS = """SELECT COUNT(*) AS n FROM htm_task_attempts a CROSS JOIN htm_tasks t
+  WHERE a.worker_id = :worker AND a.finished_at IS NULL AND t.task_id = a.task_id AND t.attempt_id = a.attempt_id"""
 OVERDUE = """SELECT next_at FROM (SELECT next_at, sla_ms, available_at FROM htm_tasks WHERE next_at <= :now ORDER BY next_at LIMIT 1000) AS due
   WHERE sla_ms IS NOT NULL OR available_at IS NOT NULL ORDER BY next_at LIMIT 1"""
 RECOVERED_SINCE = "SELECT COUNT(*) AS n FROM events WHERE topic = 'htm.task.recovered' AND created_at >= :since"
@@ -9919,7 +9929,7 @@ def health_document(store: Store) -> Row:
 
 def is_beyond(code: str, figure: float | None, threshold: float) -> bool:
     """Whether a figure is on the wrong side of its threshold; one that does not apply never is."""
-    return figure is not None and (figure < threshold if code in AT_LEAST else figure > threshold)
+    return figure is not None and (figure < threshold if code in AT_LEAST else figure >= threshold if code in UP_TO else figure > threshold)
 
 
 def threshold_of(reader: Reader, code: str) -> float:
@@ -9932,11 +9942,11 @@ def threshold_of(reader: Reader, code: str) -> float:
 def health_figures(store: Store, counters: Row, daemons: list[Row], now: int) -> dict[str, float | None]:
     """The figure of each check; None where it does not apply."""
     queued, ended, least = store.all(QUEUED_HANDLERS), counters["window_completed"] + counters["window_failed"], setting(store, "health.least_ended")
-    mine = any(not row["external"] and not row["paused"] for row in queued)
     oldest, compliance = counters["longest_queued_ms"], counters["window_sla_compliance_rate"]
-    disk, waits = os.statvfs(os.path.dirname(store.path)), (oldest or 0) > setting(store, "health.busy_wait")
+    waited = longest_of_ours(store, [row["handler"] for row in queued if not row["external"] and not row["paused"]], now)
+    disk, waits = os.statvfs(os.path.dirname(store.path)), waited > setting(store, "health.busy_wait")
     return {
-        "no_daemon": None if daemons else without_daemon(store, oldest or 0 if mine else 0, now),
+        "no_daemon": None if daemons else without_daemon(store, waited, now), "lost_tasks": None if daemons else lost_tasks(store),
         "daemon_silent": max((max(0, now - row["heartbeat_at"]) for row in daemons), default=None),
         "disk_free": disk.f_bavail * disk.f_frsize, "open_violations": counters["active_violations"],
         "sla_compliance": compliance if counters["window_sla_judged"] >= least else None,
@@ -9948,9 +9958,24 @@ def health_figures(store: Store, counters: Row, daemons: list[Row], now: int) ->
     }  # fmt: skip
 
 
+def longest_of_ours(store: Store, handlers: list[str], now: int) -> int:
+    """For how long (ms) a task that a daemon may run has waited; with very many of others before it, how long the next of ours has."""
+    if not handlers:
+        return 0
+    at = store.value(OLDEST_OURS, now=now)
+    known = [at] if at is not None else [at for name in handlers if (at := store.value(NEXT_OF_HANDLER, name=name)) is not None]
+    return max(0, now - min(known, default=now))
+
+
+def lost_tasks(store: Store) -> int:
+    """How many tasks a worker holds that has died."""
+    return sum(store.value(LOST_TASKS, worker=row["worker_id"]) for row in store.all(LIVE_WORKERS) if not is_alive(row))
+
+
 def without_daemon(store: Store, waited: int, now: int) -> int | None:
     """For how long (ms) work or a due step has waited while no daemon was there; None when nothing waits. Ageing alone may wait."""
-    due, last = store.value(OVERDUE, now=now), store.value(LAST_DAEMON)
+    due = store.value(OVERDUE, now=now)
+    last = max((at for at in (store.value(LAST_STOP), store.value(LAST_BEAT)) if at is not None), default=None)
     waited = max(waited, now - due if due is not None else 0)
     return None if waited <= 0 else max(0, min(waited, now - last) if last is not None else waited)
 
@@ -10157,7 +10182,7 @@ def reasons(store: Store, task: Row, now: int) -> list[tuple[str, str]]:
     if task["status"] == "blocked":
         return [("waiting_dependency", f"it waits for the intent {row['intent_id']} ({row['status']})") for row in store.all(NEEDS, id=task["task_id"])]
     if task["status"] in ("assigned", "running"):
-        return [(task["status"], f"it is {task['status']} on {task['assigned_worker']}")]
+        return active_reasons(store, task)
     handler = store.one(GET_HANDLER, name=task["handler"])
     if handler is None:
         return [("no_handler", f"there is no handler {task['handler']!r}")]
@@ -10179,6 +10204,19 @@ def reasons(store: Store, task: Row, now: int) -> list[tuple[str, str]]:
     ahead = store.value(AHEAD_OF, name=task["handler"], rank=task["rank"], order_at=task["order_at"], seq=task["seq"], n=COUNTED_AHEAD)
     more = "more than " if ahead == COUNTED_AHEAD else ""
     return [("queued", f"{more}{counted(ahead, 'task')} of its handler {'is' if ahead == 1 else 'are'} ahead of it; it waits for a free worker")]
+
+
+def active_reasons(store: Store, task: Row) -> list[tuple[str, str]]:
+    """Who has an active task; and that nobody runs it any more, when that worker has died."""
+    found = [(task["status"], f"it is {task['status']} on {task['assigned_worker']}")]
+    worker = store.one(GET_WORKER, worker=task["assigned_worker"])
+    if worker is None or is_alive(worker):
+        return found
+    found = [("worker_died", f"{task['assigned_worker']}, which had it {task['status']}, is dead; the next daemon ends what is left of its processes "
+              "and puts it back, unless it was lost too often")]  # fmt: skip
+    if not any(row["kind"] == "daemon" and is_alive(row) for row in store.all(LIVE_WORKERS)):
+        found.append(("no_daemon", "no daemon runs"))
+    return found
 
 
 def consent_reasons(store: Store, task: Row, now: int) -> list[tuple[str, str]]:
@@ -10220,7 +10258,8 @@ def story_line(event: Row) -> str:
     if "previous_priority" in payload:
         return f"priority {payload['previous_priority']} → {payload['priority']} ({payload['reason']})"
     if "previous_status" in payload:
-        notes = [payload["reason"], payload["error"], payload["assigned_worker"] if payload["status"] in ("assigned", "running") else None]
+        over = payload["reason"] == "backoff" if payload["status"] == "queued" else payload["status"] in FINAL and payload["reason"] != "cancelled"
+        notes = [payload["reason"], payload["error"] if over else None, payload["assigned_worker"] if payload["status"] in ("assigned", "running") else None]
         return f"{payload['previous_status']} → {payload['status']}" + "".join(f", {note}" for note in notes if note)
     return str(topic)
 
@@ -11401,14 +11440,14 @@ def show_status(document: Row) -> None:
 
     daemons = [row for row in document["workers"] if row["kind"] == "daemon"]
     rate = document["sla_compliance_rate"]
-    left = [("daemon", ", ".join(f"{'alive' if row['alive'] else 'dead'} (pid {row['pid']}, {row['slots']} slots)" for row in daemons) or "none"),
+    left = [("daemon", ", ".join(f"{'alive' if row['alive'] else 'dead'} (pid {row['pid']}, {counted(row['slots'], 'slot')})" for row in daemons) or "none"),
             ("active", document["active_tasks"]),
             ("queued", f"{document['queued_tasks']}  ({', '.join(f'{name} {n}' for name, n in document['queue_depths'].items())})"),
             ("oldest queued", format_duration(document["longest_queued_ms"])), ("blocked", document["blocked_tasks"]),
             ("completed", document["completed_tasks"]), ("failed", document["failed_tasks"]), ("cancelled", document["cancelled_tasks"]),
             ("SLA met", "-" if rate is None else f"{100 * rate:.1f} %"),
             ("violations", f"{document['active_violations']} now, {document['total_violations']} ever"),
-            ("rescues", f"{document['sub_agents_spawned']} spawned, {document['tasks_rescued']} tasks completed after one"),
+            ("rescues", f"{document['sub_agents_spawned']} spawned, {counted(document['tasks_rescued'], 'task')} completed after one"),
             ("recovered", document["tasks_recovered"]), ("consents waiting", document["pending_consents"])]  # fmt: skip
     write_out(tabulate(left, tablefmt="plain", disable_numparse=True))
     for problem in document["problems"]:
@@ -11439,8 +11478,11 @@ def show_again_and_again(app: App, store: Store, every: int, look: Callable[[Sto
     if screen:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGWINCH])  # it ends the pause below
         sys.stdout.write("\n" * terminal_size().lines)  # what was on the screen stays above it
+    opened = file_identity(store.path)
     while True:
         document = look(store)
+        if file_identity(store.path) != opened:
+            raise DatabaseError(f"{store.path} was deleted or replaced meanwhile", "start this command anew to see the one that is there now")
         if screen:
             redraw(plain, document, every)
         else:
@@ -11448,6 +11490,15 @@ def show_again_and_again(app: App, store: Store, every: int, look: Callable[[Sto
             sys.stdout.write("" if app.json else "\n")
         sys.stdout.flush()
         pause(every / 1000)
+
+
+def file_identity(path: str) -> tuple[int, int] | None:
+    """Which file a path leads to; None when there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def pause(seconds: float) -> None:
@@ -11483,7 +11534,7 @@ def redraw(plain: Callable[[Any], None], document: Any, every: int) -> None:
 
 PROMETHEUS_OPTIONS = (
     opt("--prometheus", is_flag=True, help="Metrics in Prometheus' text format."),
-    opt("--output", metavar="FILE", help="With --prometheus: write them to FILE, all at once."),
+    opt("--output", metavar="FILE", help="With --prometheus: replace FILE by them, all at once; a pipe or a device is written to."),
 )
 
 
@@ -11498,6 +11549,8 @@ def dashboard_stats(app: App, window: int, watch: int | None, prometheus: bool, 
         return
     if app.json:
         raise UsageError("--prometheus has a format of its own, so --json has no place beside it", "leave one of them out")
+    if watch is not None and output is None:
+        raise UsageError("--prometheus with --watch: one text after another is in no format", "add --output FILE.prom, which is replaced again and again")
     if output and not output.endswith(".prom"):
         sys.stderr.write("note: node exporter's textfile collector reads only names that end in .prom\n")
 
@@ -11512,22 +11565,44 @@ def dashboard_stats(app: App, window: int, watch: int | None, prometheus: bool, 
 
 def replace_file(path: str, text: str) -> None:
     """Put a text in the place of a file, whole or not at all, readable for everybody."""
-    beside = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.getpid()}-{os.urandom(4).hex()}")  # a name that no *.prom fits
+    beside = ""
     try:
         check_text(path, "--output", 4000)
         if os.path.isdir(path):
             raise ValueError(f"{path!r} is a directory")
+        if is_special(path):
+            append_whole(path, text)
+            return
+        path = os.path.realpath(path)
+        beside = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.getpid()}-{os.urandom(4).hex()}")  # a name that no *.prom fits
         with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "w", encoding="utf-8") as file:
             os.fchmod(file.fileno(), 0o644)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except BrokenPipeError:
+        raise
     except (OSError, ValueError) as error:
-        raise UsageError(f"--output: cannot write {path[:200]!r}: {getattr(error, 'strerror', None) or error}") from None
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        kind = DatabaseError if full else UsageError
+        raise kind(f"--output: cannot write {path[:200]!r}: {getattr(error, 'strerror', None) or error}", "free some space" if full else "") from None
     finally:
         with contextlib.suppress(OSError, ValueError):
             os.unlink(beside)
+
+
+def is_special(path: str) -> bool:
+    """Whether a path leads to a pipe, a device, or an open file by its number: written to, and never replaced."""
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode) or path.startswith(("/dev/fd/", "/dev/std", "/proc/"))
+    except FileNotFoundError:
+        return False
+
+
+def append_whole(path: str, text: str) -> None:
+    with open(os.open(path, os.O_WRONLY | os.O_APPEND), "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def shown_rate(rate: float | None) -> str:
@@ -11544,15 +11619,19 @@ def show_statistics(d: Row) -> None:
         ("tasks", f"{d['total_tasks']:,} ever: {d['completed_tasks']:,} completed, {d['failed_tasks']:,} failed, {d['cancelled_tasks']:,} cancelled"),
         ("now", f"{d['active_tasks']:,} active, {d['queued_tasks']:,} queued, {d['blocked_tasks']:,} blocked"), ("queue", f"{depths}{oldest}"),
         ("workers", f"{d['active_workers']} alive" + (f", {d['busy_slots']} of {counted(d['worker_slots'], 'slot')} busy" if d["worker_slots"] else "")),
-        ("SLA", f"{shown_rate(d['sla_compliance_rate'])} met ever, {d['active_violations']:,} violations now, {d['total_violations']:,} ever"),
-        ("ladder", f"{d['warnings_issued']:,} warned, {d['escalations_triggered']:,} escalated, {d['sub_agents_spawned']:,} rescues "
-                   f"({d['tasks_rescued']:,} tasks completed after one)"),
+        ("SLA", f"{shown_rate(d['sla_compliance_rate'])} met ever, {many(d['active_violations'], 'violation')} now, {d['total_violations']:,} ever"),
+        ("ladder", f"{d['warnings_issued']:,} warned, {d['escalations_triggered']:,} escalated, {many(d['sub_agents_spawned'], 'rescue')} "
+                   f"({many(d['tasks_rescued'], 'task')} completed after one)"),
         ("moved", f"{d['queue_reprioritizations']:,} times forward, {d['tasks_recovered']:,} times back after a worker was lost"),
         ("", ""), ("window", f"since {d['window_since_at']}, {format_duration(d['window_ms'])} in whole hours"),
         ("ended", f"{d['window_completed']:,} completed, {d['window_failed']:,} failed, {d['window_cancelled']:,} cancelled "
                   f"({shown_rate(d['window_success_rate'])} success, SLA {shown_rate(d['window_sla_compliance_rate'])})"),
         ("average", f"waited {spent[0]}, ran {spent[1]}, took {spent[2]}, {spent[3]} before the deadline"),
         ("ran", f"p50 {runs[0]}, p95 {runs[1]}, p99 {runs[2]}")])  # fmt: skip
+
+
+def many(n: int, what: str) -> str:
+    return f"{n:,} {what}" + ("" if n == 1 else "s")
 
 
 def show_labelled(lines: list[tuple[str, str]]) -> None:
@@ -11583,6 +11662,8 @@ def show_slow(document: Row) -> None:
                   "-" if d["times_usual"] is None else f"{d['times_usual']:.1f}", printable(d["goal"])) for d in rows]  # fmt: skip
         write_out(f"{title}:")
         show_table(header, cells, f"  {empty}")
+    if any(d["usual_p95_ms"] is None for part in ("running", "completed") for d in document[part]):
+        write_folded(f"USUAL P95 -: not known before {USUAL_RUNS} have completed within {USUAL_DAYS} days", 0)
 
 
 @command("dashboard hourly", opt("--hours", kind=Checked("number", whole(1, 744)), default=24, show_default=True, help="So many, this one included."), WATCH)
@@ -12128,7 +12209,7 @@ def show_rehearsal(document: Row) -> None:
               str(row["useful_warnings"]), str(row["false_warnings"]), format_duration(row["lead_ms"])) for row in rows]  # fmt: skip
     show_table(("HANDLER", "TASKS", "WARNED", "VIOLATED", "CRITICAL", "USEFUL", "FALSE", "LEAD"), cells, "no task with an SLA has ended in this time")
     if cells:
-        write_out("fired then → would be fired. useful: its task was then late; lead: how long before")
+        write_folded("fired then → would be fired. useful: its task was then late; lead: how long before", 0)
 
 
 # ---- settings
@@ -12143,7 +12224,7 @@ def config_list(app: App) -> None:
     def plain() -> None:
         for document in documents:
             write_out(f"{document['name']}  {document['value']}" + ("" if document["is_default"] else "  (set)"))
-            write_out(f"    {document['description']}")
+            write_folded(f"    {document['description']}", 4)
 
     app.show(documents, plain)
 

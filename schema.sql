@@ -507,6 +507,7 @@ CREATE UNIQUE INDEX intent_key ON intent_records (idempotency_key) WHERE idempot
 CREATE INDEX intent_of_task ON intent_records (htm_task_id) WHERE htm_task_id IS NOT NULL;
 CREATE INDEX intent_not_learned ON intent_records (seq) WHERE learned_from = 0 AND completed_at IS NOT NULL;
 CREATE INDEX worker_not_stopped ON workers (kind) WHERE stopped_at IS NULL;
+CREATE INDEX worker_stopped ON workers (kind, stopped_at) WHERE stopped_at IS NOT NULL;
 CREATE INDEX consent_open_until ON secret_consent_records (COALESCE(grant_expires_at, expires_at))
   WHERE consent_status IN ('pending', 'approved');
 CREATE INDEX audit_of_subject ON audit_log (json(leaf) ->> 'subject');

@@ -339,6 +339,39 @@ def test_metrics_are_written_to_a_file_whole_or_not_at_all(place: Place) -> None
     assert sorted(path.name for path in folder.iterdir()) == ["grace.prom", "metrics.txt"]
 
 
+def test_metrics_are_written_to_what_is_no_file_and_through_a_link(place: Place) -> None:
+    """A pipe is written to and stays a pipe, a link stays a link to what is replaced, stdout is stdout; a full disk is no wrong call."""
+    lively(place)
+    words = ("dashboard", "stats", "--prometheus", "--output")
+    pipe, real, link = place.folder / "pipe.prom", place.folder / "real.prom", place.folder / "link.prom"
+    os.mkfifo(pipe)
+    process = place.start(*words, str(pipe))
+    assert metrics(pipe.read_text())[("grace_tasks_queued", ())] == 3
+    assert process.wait(LIMIT) == 0 and stat.S_ISFIFO(pipe.lstat().st_mode)
+    real.write_text("old")
+    link.symlink_to(real.name)
+    place.ok(*words, str(link))
+    assert link.is_symlink() and not real.is_symlink() and metrics(real.read_text())[("grace_tasks_queued", ())] == 3
+    assert metrics(place.ok(*words, "/dev/stdout").out)[("grace_tasks_queued", ())] == 3
+    full = place.folder / "full.prom"
+    full.symlink_to("/dev/full")
+    done = place.call(*words, str(full))
+    assert (done.status, done.out) == (8, "") and "No space left" in done.err and "Traceback" not in done.err and full.is_symlink()
+
+
+def test_metrics_again_and_again_go_to_a_file_only(place: Place) -> None:
+    """Texts one after another are in no format; a file is replaced by the newer one."""
+    lively(place)
+    done = place.call("dashboard", "stats", "--prometheus", "--watch", "100ms")
+    assert (done.status, done.out) == (2, "") and "--output" in done.err
+    target = place.folder / "again.prom"
+    process = place.start("dashboard", "stats", "--prometheus", "--watch", "100ms", "--output", str(target))
+    first = until(lambda: target.exists() and target.stat().st_ino, "the first text")
+    until(lambda: target.stat().st_ino != first, "the next one")
+    process.terminate()
+    assert process.wait(LIMIT) == 0
+
+
 # ---- health
 
 
@@ -389,6 +422,72 @@ def test_health_misses_a_daemon_only_when_work_waits_for_one(place: Place) -> No
         assert place.json("dashboard", "health")["uptime_ms"] > 0
         place.ok("config", "set", "daemon.heartbeat_every", "1h")
         assert "daemon_silent" not in codes()
+
+
+def alerts_of(place: Place) -> dict[str, dict[str, Any]]:
+    return {alert["code"]: alert for alert in json.loads(place.call("--json", "dashboard", "health").out)["alerts"]}
+
+
+def test_health_counts_the_time_without_any_daemon(place: Place) -> None:
+    """The one that stopped last counts, not the one that started last; and before the work came nothing waited."""
+    place.handler("work", "--", "true")
+    place.ok("config", "set", "health.no_daemon", "1ms")
+    with place.daemon(), place.daemon() as second:
+        second.terminate()
+        assert second.wait(LIMIT) == 0
+    first, _ = place.sql("SELECT worker_id FROM workers ORDER BY worker_id")
+    place.sql(f"UPDATE workers SET stopped_at = stopped_at - 3600000 WHERE worker_id <> '{first[0]}'")
+    task_id = place.submit("g", "--handler", "work")[1]
+    place.sql(f"UPDATE htm_tasks SET queued_at = queued_at - 1800000 WHERE task_id = '{task_id}'")
+    assert 0 < until(lambda: alerts_of(place).get("no_daemon"), "the missing daemon to be noticed")["figure"] < LIMIT * 1000
+
+
+def test_health_asks_for_more_workers_only_when_they_would_help(place: Place) -> None:
+    """Tasks of external and of paused handlers wait for no slot of ours; `as large a part` begins at the threshold itself."""
+    shell(place, "long", "until test -e go; do sleep 0.05; done")
+    place.handler("outside", "--external")
+    place.handler("paused", "--", "true")
+    place.ok("handler", "pause", "paused")
+    for name, value in (("busy_wait", "1ms"), ("utilization", "1")):
+        place.ok("config", "set", f"health.{name}", value)
+    with place.daemon("--workers", "1"):
+        place.until_status(place.submit("fills the slot", "--handler", "long")[1], "running")
+        for name in ("outside", "paused"):
+            place.submit("waits for others", "--handler", name)
+        assert "utilization" not in alerts_of(place)
+        place.submit("waits for us", "--handler", "long")
+        alert = until(lambda: alerts_of(place).get("utilization"), "the lack of slots to be noticed")
+        assert (alert["figure"], alert["threshold"]) == (1, 1)
+        (place.folder / "go").touch()
+
+
+def test_health_and_explain_say_that_a_worker_has_died(place: Place) -> None:
+    """Its task still shows as running; what it waits for is said, and is over once a daemon has looked after it."""
+    shell(place, "long", "until test -e go; do sleep 0.05; done")
+    with place.daemon("--workers", "1") as daemon:
+        task_id = place.submit("is lost", "--handler", "long")[1]
+        place.until_status(task_id, "running")
+        daemon.kill()
+        daemon.wait(LIMIT)
+    health = place.call("--json", "dashboard", "health")
+    assert health.status == 1 and alerts_of(place)["lost_tasks"]["figure"] == 1 and "grace daemon" in alerts_of(place)["lost_tasks"]["advice"]
+    told = place.json("task", "explain", task_id)
+    assert (told["status"], [why["code"] for why in told["why"]]) == ("running", ["worker_died", "no_daemon"])
+    (place.folder / "go").touch()
+    with place.daemon("--workers", "1"):
+        place.until_status(task_id, "completed")
+    assert "lost_tasks" not in alerts_of(place)
+
+
+def test_the_story_tells_an_error_where_it_happened(place: Place) -> None:
+    """Steps after a failed attempt do not repeat its error."""
+    shell(place, "broken", "echo no such host >&2; exit 3", "--max-attempts", "2", "--backoff", "1ms")
+    task_id = place.submit("fails twice", "--handler", "broken")[1]
+    with place.daemon("--workers", "1"):
+        place.until_status(task_id, "failed")
+    story = [step["text"] for step in place.json("task", "explain", task_id)["story"]]
+    steps = [text.split(",")[0] for text in story if "exit status 3" in text]
+    assert steps == ["running → queued", "running → failed"], story
 
 
 def test_health_judges_failures_only_when_enough_has_ended(place: Place) -> None:
@@ -514,6 +613,21 @@ def test_watching_without_a_terminal_writes_one_object_or_block_a_time(watched: 
     process.stdout.close()
     assert process.wait(LIMIT) == 141 and process.stderr.read() == b""
     assert (watched.db.read_bytes(), len(watched.events())) == before
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_watching_ends_when_the_database_is_another(watched: Place, replaced: bool) -> None:
+    """Figures of a file that is no longer there are shown no more."""
+    process = watched.start("dashboard", "stats", "--watch", "100ms", "--json")
+    assert process.stdout is not None and process.stderr is not None and process.stdout.readline()
+    copy = watched.folder / "copy.db"
+    watched.sql(f"VACUUM INTO '{copy}'")
+    if replaced:
+        copy.replace(watched.db)
+    else:
+        watched.db.unlink()
+    assert process.wait(LIMIT) == 8
+    assert json.loads(process.stderr.read())["error"]["code"] == "database"
 
 
 def test_a_span_for_watching_is_a_duration(place: Place) -> None:
