@@ -565,6 +565,18 @@ def test_a_daemon_goes_on_when_nobody_reads_what_it_says(place: Place) -> None:
     assert place.json("status")["workers"] == []
 
 
+def test_slas_are_adapted_as_often_as_set(place: Place) -> None:
+    """learn.adapt_every counts, however seldom links are looked at."""
+    place.ok("config", "set", "learn.adapt", "on")
+    place.ok("config", "set", "bridge.repair_every", "1h")
+    place.handler("work", "--sla", "10m", "--external")
+    last = "SELECT value FROM settings WHERE name = '_adapted_at'"
+    with place.daemon("--workers", "1"):
+        first = until(lambda: place.sql(last), "the first look")
+        place.ok("config", "set", "learn.adapt_every", "500ms")
+        until(lambda: place.sql(last) != first, "the next look, long before the hour is over")
+
+
 def test_hup_finds_the_same_database_by_a_relative_path(place: Place) -> None:
     """--db was relative and handlers run elsewhere: after the renewal it is still the same file."""
     elsewhere = place.folder / "elsewhere"
