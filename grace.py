@@ -11663,7 +11663,7 @@ def show_slow(document: Row) -> None:
         write_out(f"{title}:")
         show_table(header, cells, f"  {empty}")
     if any(d["usual_p95_ms"] is None for part in ("running", "completed") for d in document[part]):
-        write_folded(f"USUAL P95 -: not known before {USUAL_RUNS} have completed within {USUAL_DAYS} days", 0)
+        write_folded(f"USUAL P95 -: not known before {USUAL_RUNS} of the kind have completed within {USUAL_DAYS} days", 0)
 
 
 @command("dashboard hourly", opt("--hours", kind=Checked("number", whole(1, 744)), default=24, show_default=True, help="So many, this one included."), WATCH)
