@@ -4938,6 +4938,9 @@ RAISE_PRIORITY = """UPDATE htm_tasks SET priority = :priority, priority_reason =
 RAISE_LEVEL = """UPDATE htm_tasks SET escalation_level = :level, priority = :priority, priority_reason = :why, sla_met = :sla_met,
     next_at = :next_at, updated_at = :now, updated_by = :actor
   WHERE task_id = :task_id AND escalation_level = :level - 1 AND finished_at IS NULL RETURNING *"""
+SET_PRIORITY = """UPDATE htm_tasks SET priority = :priority, priority_reason = 'command', aged_at = :aged_at, next_at = :next_at,
+    updated_at = :now, updated_by = :actor
+  WHERE task_id = :task_id AND finished_at IS NULL AND priority <> :priority RETURNING *"""
 WAKE = """UPDATE htm_tasks SET available_at = NULL, next_at = :next_at, updated_at = :now, updated_by = :actor
   WHERE task_id = :task_id AND finished_at IS NULL RETURNING *"""
 SET_NEXT = "UPDATE htm_tasks SET next_at = :next_at WHERE task_id = :task_id AND finished_at IS NULL"
@@ -6873,7 +6876,7 @@ def ways_out(world: Row, task: Row) -> Iterator[tuple[str, Iterator[Way]]]:
     if not handler["external"] and not any(pool["external"] is None for pool in world["pools"]):
         yield "start_daemon", iter([("grace daemon", more_workers(world, name, processors()), task)])
         return
-    yield "priority", ((f"--priority {word}", world, {**task, "priority": word, "rank": rank})
+    yield "priority", ((f"grace task priority {task['task_id']} {word}", world, {**task, "priority": word, "rank": rank})
                        for rank, word in ((1, "high"), (0, "critical")) if rank < task["rank"])  # fmt: skip
     yield "workers", ((several_workers(n, bool(handler["external"])), more_workers(world, name, n), task) for n in WAYS)
     if handler["concurrency"] is not None:
@@ -7014,6 +7017,20 @@ def get_intent(reader: Reader, intent_id: str) -> Row:
     if row is None:
         raise NotFoundError(f"there is no intent {intent_id!r}", "see them with: grace intent list")
     return row
+
+
+def find_task_id(reader: Reader, text: str) -> str:
+    """The id of a task from itself or an unambiguous prefix; of an intent's, its current task's."""
+    try:
+        return find_id(reader, "task", text)
+    except NotFoundError as error:
+        try:
+            task_id = get_intent(reader, find_id(reader, "intent", text))["htm_task_id"]
+        except NotFoundError:
+            raise error from None
+        if task_id is None:
+            raise
+        return str(task_id)
 
 
 def follow(tx: Tx, task: Row) -> None:
@@ -7453,6 +7470,24 @@ def cancel(tx: Tx, task: Row, reason: str = "cancelled", cause: str | None = Non
         raise ConflictError(f"the task {task['task_id']} has ended already ({task['status']})")
     close_unseen_attempt(tx, task, "cancelled")
     return finish(tx, task, "cancelled", reason, {}, cause)
+
+
+def set_priority(tx: Tx, task: Row, priority: str) -> tuple[Row, bool]:
+    """Give an open task another place in the queue; its row, and whether that changed anything. What was asked at submission stays in the intent.
+
+    ConflictError when it has ended, or when so much of its SLA is gone that the ladder would raise it again at once."""
+    if task["status"] in FINAL:
+        raise ConflictError(f"the task {task['task_id']} has ended already ({task['status']})")
+    if task["priority"] == priority:
+        return task, False
+    aged_at = task["aged_at"] if task["sla_ms"] is not None else max(tx.now, task["queued_at"])  # ageing counts from where it is put
+    moved, age_every = {**task, "priority": priority, "aged_at": aged_at}, setting(tx, "queue.age_every")
+    due = [name for at, name in urgency_steps(moved, age_every) if at <= tx.now]
+    if due and PRIORITIES.index(priority) > PRIORITIES.index(task["priority"]):
+        least = "critical" if due[-1] == "urgency_four_fifths" else "high"
+        raise ConflictError(f"the task {task['task_id']} has used so much of its SLA that it stays at least {least}")
+    next_at = None if task["set_aside"] else next_step_at(moved, age_every)
+    return changed_task(tx, task, SET_PRIORITY, priority=priority, aged_at=aged_at, next_at=next_at), True
 
 
 def close_unseen_attempt(tx: Tx, task: Row, outcome: str) -> None:
@@ -11020,7 +11055,7 @@ def task_show(app: App, id: str) -> None:
     """All that is known of a task."""
     store = app.store()
     bury_runners(store)
-    task = get_task(store, find_id(store, "task", id))
+    task = get_task(store, find_task_id(store, id))
     document = {**task_document(task, clock()), "consents": consents_of_task(store, task["task_id"])}
     app.show(document, lambda: show_record(document))
 
@@ -11030,7 +11065,7 @@ def task_explain(app: App, id: str) -> None:
     """Why a task waits, what comes next, and its story."""
     store = app.store()
     bury_runners(store)
-    document = explain_task(store, get_task(store, find_id(store, "task", id)))
+    document = explain_task(store, get_task(store, find_task_id(store, id)))
 
     def plain() -> None:
         write_out(f"{document['task_id']}  {document['status']}  {printable(document['goal'])}")
@@ -11069,7 +11104,7 @@ def predicted_lines(predicted: Row | None) -> Iterator[str]:
 def task_log(app: App, id: str, follow: bool, attempt: int | None) -> None:
     """What a task's attempts wrote."""
     store = app.store()
-    task_id = find_id(store, "task", id)
+    task_id = find_task_id(store, id)
     attempts = store.all(ATTEMPTS_OF, id=task_id)
     number = attempt if attempt is not None else attempts[-1]["attempt_number"] if attempts else None
     chosen = [row for row in attempts if row["attempt_number"] == number]
@@ -11139,6 +11174,16 @@ def task_cancel(app: App, id: str) -> None:
 def task_retry(app: App, id: str) -> None:
     """A new task in place of this one, with a new SLA window."""
     change_task(app, lambda tx: retry(tx, get_task(tx, task_id := find_id(tx, "task", id)), calling_rescue(tx, task_id)))
+
+
+@command("task priority", arg("id", "id"), arg("priority", "priority"))
+def task_priority(app: App, id: str, priority: str) -> None:
+    """Give an open task another priority: critical, high, normal or low. Its intent keeps the one that was asked for at submission.
+
+    A task goes on to climb by its SLA or its age; it cannot be put below where its SLA has brought it."""
+    task, changed = app.store().write(lambda tx: set_priority(tx, get_task(tx, find_task_id(tx, id)), priority))
+    document = {**task_document(task, clock()), "changed": changed}
+    app.show(document, lambda: write_out(f"{task['task_id']}  {task['status']}  {task['priority']}" + ("" if changed else "  (as it was)")))
 
 
 def change_task(app: App, work: Callable[[Tx], Row]) -> None:

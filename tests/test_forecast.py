@@ -418,7 +418,7 @@ def test_advice_that_is_given_saves_it(place: Place, past: Past) -> None:
 
 
 def test_a_higher_priority_that_is_advised_saves_it(place: Place, past: Past) -> None:
-    """Many with less time are ahead in its class; --priority high passes them."""
+    """Many with less time are ahead in its class; the command that is advised, as it stands there, lets the task itself pass them."""
     shell(place, "nap", "sleep 1")
     past.run("nap", 1030)
     with place.daemon("--workers", "1"):
@@ -427,12 +427,54 @@ def test_a_higher_priority_that_is_advised_saves_it(place: Place, past: Past) ->
         late = place.json("submit-intent", "as it is", "--handler", "nap", "--sla", "6s")
         assert late["predicted_miss"] is True
         saving = {one["action"]: one["text"] for one in late["advice"] if one["saves"]}
-        assert saving.get("priority") in ("--priority high", "--priority critical")
-        again = place.json("submit-intent", "as advised", "--handler", "nap", "--sla", "6s", *saving["priority"].split())
-        assert again["predicted_miss"] is False
-        assert place.until_status(again["task_id"], "completed")["sla_met"] is True
+        said = re.fullmatch(rf"grace (task priority {late['task_id']} (high|critical))", saving["priority"])
+        assert said and saving["priority"] in place.ok("task", "explain", late["task_id"]).out
+        assert saving["priority"] in forecasts(place, late["task_id"])[0]["message"]
+        place.ok(*said[1].split())
+        assert predicted(place, late["task_id"])["miss"] is False
+        task = place.until_status(late["task_id"], "completed")
+        assert task["sla_met"] is True and place.intent(late["intent_id"])["priority"] == "normal"
         for row in place.json("task", "list", "--status", "queued"):
             place.call("task", "cancel", row["task_id"])
+
+
+def test_the_priority_of_a_task_that_exists(place: Place) -> None:
+    """Any open task, by its id or its intent's, up and down, each time with an event; but not below where its SLA has brought it."""
+    shell(place, "work", "true")
+    intent_id, first = place.submit("first", "--handler", "work")
+    _, second = place.submit("second", "--handler", "work", "--priority", "high")
+    assert place.json("task", "priority", intent_id, "critical")["changed"] is True
+    assert [row["task_id"] for row in place.json("dashboard", "queued")] == [first, second]
+    document = place.json("task", "priority", first, "critical")
+    assert document["changed"] is False and document["priority"] == "critical" and "(as it was)" in place.ok("task", "priority", first, "critical").out
+    place.ok("task", "priority", first, "low")
+    assert [row["task_id"] for row in place.json("dashboard", "queued")] == [second, first]
+    assert place.json("status")["queue_depths"] == {"critical": 0, "high": 1, "normal": 0, "low": 1}
+    told = [event["payload"] for event in place.events("htm.task.update") if "previous_priority" in event["payload"]]
+    assert [(one["task_id"], one["previous_priority"], one["priority"], one["reason"]) for one in told] == [
+        (first, "normal", "critical", "command"), (first, "critical", "low", "command")]  # fmt: skip
+    (step,) = place.json("task", "explain", first)["next_steps"]
+    assert step["step"] == "ageing" and instant(step["due_at"]) - instant(place.events("htm.task.update")[-1]["created_at"]) == pytest.approx(600)
+    _, pressed = place.submit("pressed", "--handler", "work", "--sla", "10ms", "--priority", "critical")
+    until(lambda: place.task(pressed)["elapsed_ms"] > 10, "its SLA to be over")
+    refused = place.call("task", "priority", pressed, "low")
+    assert refused.status == 4 and "stays at least critical" in refused.err and place.task(pressed)["priority"] == "critical"
+    place.ok("task", "cancel", second)
+    assert place.call("task", "priority", second, "low").status == 4
+    assert place.call("task", "priority", "task_zzz", "low").status == 3 and place.call("task", "priority", first, "urgent").status == 2
+
+
+def test_an_intents_id_stands_for_its_current_task(place: Place) -> None:
+    """Where one looks at a task: show, explain, log; after a retry, the new one."""
+    shell(place, "work", "echo seen; exit 1", "--max-attempts", "1")
+    intent_id, first = place.submit("look at me", "--handler", "work", "--intent-id", "mine")
+    place.ok("daemon", "--once")
+    assert place.json("task", "show", "mine")["task_id"] == place.json("task", "explain", intent_id)["task_id"] == first
+    assert place.ok("task", "log", intent_id).out == "seen\n"
+    second = place.json("intent", "retry", intent_id)["task_id"]
+    assert second != first and place.json("task", "show", "min")["task_id"] == second
+    refused = place.call("task", "explain", "yours")
+    assert refused.status == 3 and "there is no task 'yours'" in refused.err
 
 
 def test_a_run_longer_than_the_sla_cannot_be_saved(place: Place, past: Past) -> None:

@@ -596,6 +596,14 @@ class Machine:
             self.expected[new["task_id"]] = new["status"]
             self.expected[task["task_id"]] = task["status"] if task["status"] in self.g.FINAL else "cancelled"
 
+    def reprioritise(self) -> None:
+        task = self.some("queued", "blocked", "running")
+        if task is not None:
+            with contextlib.suppress(self.g.ConflictError):  # below what its SLA has brought it to
+                moved, changed = self.write(lambda tx: self.g.set_priority(tx, task, self.chance.choice(self.g.PRIORITIES)))
+                assert changed == (moved["priority"] != task["priority"])
+            self.expected[task["task_id"]] = task["status"]
+
     def pass_time(self) -> None:
         self.now += self.chance.choice([100, 5000, 20_000, 600_000])
         self.write(lambda tx: (self.g.recover_expired(tx), self.g.sweep(tx)))
@@ -603,7 +611,7 @@ class Machine:
     def step(self) -> None:
         """One operation; what it acted on is then in the status that the model expects."""
         self.expected.clear()
-        weights = {self.submit: 5, self.claim: 5, self.end: 4, self.cancel: 1, self.cancel_final: 1, self.retry: 1, self.pass_time: 3}
+        weights = {self.submit: 5, self.claim: 5, self.end: 4, self.cancel: 1, self.cancel_final: 1, self.retry: 1, self.reprioritise: 2, self.pass_time: 3}
         self.chance.choices(list(weights), list(weights.values()))[0]()
         self.now += 1
         for task_id, status in self.expected.items():
@@ -643,7 +651,8 @@ def brute_force(sql: Callable[[str], list[list[Any]]]) -> dict[str, Any]:
     queued = Counter(task["priority"] for task in tasks if task["status"] == "queued")
     judged = [task["sla_met"] for task in tasks if task["finished_at"] and task["sla_ms"] and task["status"] != "cancelled"]
     topics = Counter(row[0] for row in sql("SELECT topic FROM events WHERE topic LIKE 'htm.sla.%'"))
-    moved = sql("SELECT COUNT(*) FROM events WHERE json_extract(payload, '$.previous_priority') IS NOT NULL AND json_extract(payload, '$.status') = 'queued'")
+    moved = sql("SELECT COUNT(*) FROM events WHERE json_extract(payload, '$.previous_priority') IS NOT NULL AND json_extract(payload, '$.status') = 'queued'"
+                " AND json_extract(payload, '$.reason') <> 'command'")  # what people move is not what the queue has moved
 
     def mean(name: str, which: Callable[[dict[str, Any]], bool]) -> float | None:
         values = [task[name] or 0 for task in tasks if which(task)]
