@@ -6442,10 +6442,15 @@ def no_forecast(world: Row, task: Row) -> tuple[str, str] | None:
         return "no_handler", f"there is no handler {name}"
     if task["status"] == "blocked":
         return task["reason"] or "blocked", "it cannot start before what it waits for has come"
+    if task["status"] == "queued" and (why := cannot_start(world, name, handler)):
+        return why
     if learned is None or not learned["enough"]:
         return "nothing_learned", f"nothing learned yet of {name}: needs {NEEDED_RUNS} completed runs, has {learned['runs'] if learned else 0}"
-    if task["status"] != "queued":
-        return None
+    return None
+
+
+def cannot_start(world: Row, name: str, handler: Row) -> tuple[str, str] | None:
+    """What keeps all queued tasks of a handler from starting."""
     if handler["paused"]:
         return "handler_paused", f"its handler {name} is paused"
     if handler["secrets"] != "[]":
@@ -6715,11 +6720,14 @@ def nth_start(world: Row, frees: list[float], ahead: dict[str, int]) -> tuple[fl
 
 
 def forecast_of(world: Row, task: Row, start: tuple[float, float, float]) -> Row | None:
-    """Start, probable and cautious finish of a queued task, and whether it misses its SLA: null where that hangs on what is not known."""
+    """Start, probable and cautious finish of a queued task, and whether it misses its SLA: null where that hangs on what is not known.
+
+    None where nothing can be said; where it is late at the soonest (`soonest_at`), that is said without knowing when it starts."""
     learned, (at, variance, hopeful) = world["learned"][task["handler"]], start
-    if at == math.inf:
-        return None
     middle, deadline = learned["p50_ms"], task["sla_deadline"]
+    if at == math.inf:
+        certain = deadline is not None and deadline < hopeful + middle < math.inf
+        return {"start_at": None, "finish_at": None, "finish_by_at": None, "soonest_at": round(hopeful + middle), "miss": True} if certain else None
     margin = math.sqrt(CAUTIOUS**2 * variance + (learned["p90_ms"] - middle) ** 2)
     misses = None if deadline is None else True if hopeful + middle > deadline else False if at + middle <= deadline else None
     return {"start_at": round(at), "finish_at": round(at + middle), "finish_by_at": round(at + middle + margin), "miss": misses}
@@ -6772,14 +6780,18 @@ def foresee(reader: Reader, world: Row, line: list[Row], task: Row, most: int = 
         forecast = forecast_of(world, task, start_of(reader, world, line, task, most, {task["rank"]: ahead}))
     else:
         forecast = forecast_of_running(world, task)
+    if forecast is None or forecast["start_at"] is None:
+        blank.update(reason="nothing_learned_ahead", text=unlearned_text(world, task, ahead))
     if forecast is None:
-        return {**blank, "reason": "nothing_learned_ahead", "text": unlearned_text(world, ahead)}
+        return blank
     advice = advice_for(reader, world, line, task, forecast["finish_at"], most) if forecast["miss"] and task["status"] == "queued" else []
     return {**blank, **forecast, "advice": advice}
 
 
-def unlearned_text(world: Row, ahead: Iterable[str]) -> str:
-    names = sorted({name for name in ahead if learned_here(world, name) is None} | world["unlearned"])
+def unlearned_text(world: Row, task: Row, ahead: Iterable[str]) -> str:
+    """What keeps the slots of a task for nobody knows how long: of the tasks ahead of it, and of the runs that hold one."""
+    held = {name or "a rescue" for number in serving(world, task["handler"]) for at, _, name in world["pools"][number]["slots"] if at == math.inf}
+    names = sorted(held | {name for name in ahead if learned_here(world, name) is None and shares_slots(world, name, task["handler"])})
     return f"nothing learned yet of {', '.join(names)}, which it waits for" if names else "no slot becomes free for it"
 
 
@@ -6825,25 +6837,31 @@ def queue_forecast(reader: Reader, world: Row, task: Row, start: tuple[float, fl
     """What is foreseen of one task of the queue that is to start then; advice is reckoned, since a play for each would take too long."""
     why = no_forecast(world, task)
     forecast = None if why else forecast_of(world, task, start)
+    code, text = why or (None, None)
+    if why is None and (forecast is None or forecast["start_at"] is None):
+        code, text = "nothing_learned_ahead", unlearned_text(world, task, world["counts"])
     if forecast is None:
-        code, text = why or ("nothing_learned_ahead", unlearned_text(world, world["counts"]))
         return {"start_at": None, "finish_at": None, "miss": None, "reason": code, "text": text, "advice": []}
     advice = advice_for(reader, world, [], task, forecast["finish_at"], NEAR) if forecast["miss"] else []
-    return {**forecast, "reason": None, "text": None, "advice": advice}
+    return {**forecast, "reason": code, "text": text, "advice": advice}
 
 
 # ---- what would save it
 
 
 def advice_for(reader: Reader, world: Row, line: list[Row], task: Row, finish: int | None, most: int) -> list[Row]:
-    """What would let a task meet its SLA, each by itself, as forecast with that change; else the best there is, and the SLA that would be met."""
+    """What would let a task meet its SLA, each by itself, as forecast with that change; else the best there is, and the SLA that would be met.
+
+    Where a run alone takes longer than the SLA, nothing but another SLA helps."""
+    if task["sla_ms"] is not None and runs_too_long(world["learned"][task["handler"]], task):
+        return [] if finish is None else [longer_sla(task, finish)]
     best: list[Row] = []
     counted: dict[int, dict[str, int]] = {}
     for action, variants in ways_out(world, task):
         tried = []
         for text, changed, moved in variants:
             forecast = forecast_of(changed, moved, start_of(reader, changed, line, moved, most, counted))
-            if forecast is not None and (finish is None or forecast["finish_at"] < finish):
+            if forecast is not None and forecast["finish_at"] is not None and (finish is None or forecast["finish_at"] < finish):
                 tried.append({"action": action, "text": text, "predicted_finish_at": forecast["finish_at"], "saves": forecast["miss"] is not True})
                 if tried[-1]["saves"]:
                     break
@@ -6853,6 +6871,11 @@ def advice_for(reader: Reader, world: Row, line: list[Row], task: Row, finish: i
         return saving or best
     least = sorted(best, key=lambda one: one["predicted_finish_at"])[:1]
     return [*least, longer_sla(task, finish)]
+
+
+def runs_too_long(figures: Row, task: Row) -> bool:
+    """Whether a usual run takes longer than the whole SLA."""
+    return bool(figures["p50_ms"] > task["sla_ms"])
 
 
 def longer_sla(task: Row, finish: int) -> Row:
@@ -6908,11 +6931,11 @@ def foretell(tx: Tx, task: Row, forecast: Row) -> bool:
     """Write that a task is going to miss its SLA, unless that was written before or is too late; whether it was."""
     if not may_be_foretold(task, tx.now) or not tx.run(FORETELL, task_id=task["task_id"], now=tx.now):
         return False
-    basis = forecast["basis"]
+    basis, finish = forecast["basis"], forecast["finish_at"] or forecast["soonest_at"]
     emit(tx, "htm.sla.forecast", task["task_id"], {
         "task_id": task["task_id"], "intent_id": task["intent_id"], "task_type": task["task_type"], "handler": task["handler"],
         "domain": task["domain"], "predicted_start_at": forecast["start_at"], "predicted_finish_at": forecast["finish_at"],
-        "sla_deadline": task["sla_deadline"], "sla_ms": task["sla_ms"], "overdue_ms": forecast["finish_at"] - task["sla_deadline"],
+        "sla_deadline": task["sla_deadline"], "sla_ms": task["sla_ms"], "overdue_ms": finish - task["sla_deadline"],
         "ahead": basis["ahead"], "workers": basis["slots"], "basis": basis, "advice": forecast["advice"],
         "message": f"{task['goal'][:80]!r} {miss_sentence(task, forecast)}"})  # fmt: skip
     return True
@@ -6920,15 +6943,25 @@ def foretell(tx: Tx, task: Row, forecast: Row) -> bool:
 
 def miss_sentence(task: Row, forecast: Row) -> str:
     """What a person is told of a miss to come, without its subject."""
-    basis, late = forecast["basis"], format_duration(forecast["finish_at"] - task["sla_deadline"])
+    known = forecast["finish_at"] is not None
+    late = format_duration((forecast["finish_at"] if known else forecast["soonest_at"]) - task["sla_deadline"])
+    return (f"will {'likely ' if known else ''}miss its SLA of {format_duration(task['sla_ms'])} by {late}{'' if known else ' at least'}: "
+            + miss_reason(task, forecast) + advice_sentence(forecast["advice"]))  # fmt: skip
+
+
+def miss_reason(task: Row, forecast: Row) -> str:
+    """Why it will be late: the length of its run, what is ahead of it, its wait for a worker; each only where it makes it late."""
+    basis, start = forecast["basis"], forecast["start_at"]
+    takes = f"a run takes {format_duration(basis['p50_ms'])}"
     if task["status"] != "queued":
-        why = f"its run takes longer than the {format_duration(basis['p50_ms'])} that is usual"
-    elif basis["ahead"]:
-        why = f"{counted(basis['ahead'], 'task')} {'is' if basis['ahead'] == 1 else 'are'} ahead of it on {counted(basis['slots'], 'worker')}"
-    else:
-        wait = forecast["start_at"] - task["queued_at"]
-        why = (f"it waits {format_duration(wait)} for a worker, and " if wait >= SECOND // 10 else "") + f"a run takes {format_duration(basis['p50_ms'])}"
-    return f"will likely miss its SLA of {format_duration(task['sla_ms'])} by {late}: {why}" + advice_sentence(forecast["advice"])
+        return takes if runs_too_long(basis, task) else f"its run takes longer than the {format_duration(basis['p50_ms'])} that is usual"
+    ahead = f"{counted(basis['ahead'], 'task')} {'is' if basis['ahead'] == 1 else 'are'} ahead of it on {counted(basis['slots'], 'worker')}"
+    if runs_too_long(basis, task):
+        return f"{takes}, and {ahead}" if basis["ahead"] and start is not None and start > task["sla_deadline"] else takes
+    if basis["ahead"]:
+        return ahead
+    wait = 0 if start is None else start - task["queued_at"]
+    return (f"it waits {format_duration(wait)} for a worker, and " if wait >= SECOND // 10 else "") + takes
 
 
 def advice_sentence(advice: list[Row]) -> str:
@@ -10191,6 +10224,10 @@ def explain_task(store: Store, task: Row) -> Row:
     }  # fmt: skip
 
 
+def past_deadline(task: Row, now: int) -> bool:
+    return task["sla_deadline"] is not None and bool(now > task["sla_deadline"])
+
+
 def predicted_of(store: Store, task: Row, now: int) -> Row:
     """What is foreseen of an open task, for programs."""
 
@@ -10198,12 +10235,13 @@ def predicted_of(store: Store, task: Row, now: int) -> Row:
         world = gather(reader, now, task["handler"])
         line = head_of_queue(reader, world, WINDOW) if task["status"] == "queued" else []
         seen = foresee(reader, world, line, task)
-        if seen["reason"] in ("handler_paused", "no_daemon", "not_served", "external"):
+        if seen["reason"] in ("handler_paused", "no_daemon", "not_served", "external") and learned_here(world, task["handler"]):
             seen["advice"] = advice_for(reader, world, line, task, None, COUNTED_AHEAD)
         return seen
 
     forecast = store.read(look)
-    return {**{name: format_instant(forecast[name]) for name in ("start_at", "finish_at", "finish_by_at")}, "miss": forecast["miss"],
+    return {**{name: format_instant(forecast[name]) for name in ("start_at", "finish_at", "finish_by_at")},
+            "miss": past_deadline(task, now) or forecast["miss"],
             "reason": forecast["reason"], "text": forecast["text"], "basis": forecast["basis"], "advice": advice_document(forecast["advice"]),
             "summary": miss_sentence(task, forecast) if forecast["miss"] else None}  # fmt: skip
 
@@ -10238,7 +10276,8 @@ def reasons(store: Store, task: Row, now: int) -> list[tuple[str, str]]:
         return found
     ahead = store.value(AHEAD_OF, name=task["handler"], rank=task["rank"], order_at=task["order_at"], seq=task["seq"], n=COUNTED_AHEAD)
     more = "more than " if ahead == COUNTED_AHEAD else ""
-    return [("queued", f"{more}{counted(ahead, 'task')} of its handler {'is' if ahead == 1 else 'are'} ahead of it; it waits for a free worker")]
+    first = f"{more}{counted(ahead, 'task')} of its handler {'is' if ahead == 1 else 'are'} ahead of it" if ahead else "it is the first of its handler"
+    return [("queued", f"{first}; it waits for a free worker")]
 
 
 def active_reasons(store: Store, task: Row) -> list[tuple[str, str]]:
@@ -10716,7 +10755,7 @@ def submit_command(app: App, goal: str | None, batch: str | None, wait: bool, wa
         sys.stderr.write(f"grace: {printable(warning)}\n")
     if wait:
         return show_waited(app, store, [done["intent_id"]], wait_timeout, {"duplicate": done["duplicate"]})
-    app.show({**submission_forecast(None, None), **done},
+    app.show({**done, **submission_forecast(None, None), **done},
              lambda: write_out(f"{done['intent_id']}  {done['task_id']}" + submission_note(done)))  # fmt: skip
     return None
 
@@ -11783,9 +11822,10 @@ def show_health(document: Row) -> None:
          opt("--limit", kind="limit", default=50, show_default=True, help="At most so many."), WATCH)  # fmt: skip
 def dashboard_queued(app: App, priority: str | None, handler: str | None, limit: int, watch: int | None) -> None:
     """The queue in the order of claims: what waits how long, when it will start and be done, and what is going to miss its SLA."""
+    store = app.store()
     if handler is not None:
-        find_handler(app.store(), handler)
-    show_dashboard(app, watch, lambda store: queue_documents(store, priority, handler, limit), show_queue)
+        find_handler(store, handler)
+    show_dashboard(app, watch, lambda store: queue_documents(store, priority, handler, limit), lambda documents: show_queue(store, documents))
 
 
 def queue_documents(store: Store, priority: str | None, handler: str | None, limit: int) -> list[Row]:
@@ -11794,29 +11834,64 @@ def queue_documents(store: Store, priority: str | None, handler: str | None, lim
 
 
 def queued_document(task: Row, forecast: Row, now: int) -> Row:
-    """A queued task with what is foreseen of it."""
+    """A queued task with what is foreseen of it; one that is past its deadline misses it, whatever is foreseen."""
     names = ("task_id", "intent_id", "goal", "handler", "domain", "priority", "queued_at", "available_at", "sla_ms", "sla_deadline")
     return {**shown_fields(task, names), "waiting_ms": max(0, now - task["queued_at"]), "predicted_start_at": format_instant(forecast["start_at"]),
-            "predicted_finish_at": format_instant(forecast["finish_at"]), "predicted_miss": forecast["miss"], "reason": forecast["reason"],
-            "text": forecast["text"], "advice": advice_document(forecast["advice"])}  # fmt: skip
+            "predicted_finish_at": format_instant(forecast["finish_at"]), "predicted_miss": past_deadline(task, now) or forecast["miss"],
+            "reason": forecast["reason"], "text": forecast["text"], "advice": advice_document(forecast["advice"])}  # fmt: skip
 
 
-def show_queue(documents: list[Row]) -> None:
+SHOWN_ID = 16  # characters of a task's id at least, where there is no room for all of it
+NAMED_LATE = 3
+
+
+def show_queue(store: Store, documents: list[Row]) -> None:
     """The table, and below it why there are no forecasts where there are none, and what would save what is going to be late."""
-    now = clock()
-    show_table(("TASK", "PRIORITY", "WAITS", "SLA", "STARTS IN", "DONE IN", "GOAL"), [queued_cells(d, now) for d in documents], "nothing is queued")
+    now, ids = clock(), shown_ids(store, [d["task_id"] for d in documents])
+    header, rows = ("TASK", "CLASS", "WAITS", "SLA", "STARTS", "DONE IN", "GOAL"), [queued_cells(d, ids[d["task_id"]], now) for d in documents]
+    if width := terminal_width():  # only the goal is cut: half a figure is a wrong one
+        others = sum(max(map(len, column)) + 2 for column in zip(*(row[:-1] for row in [header, *rows]), strict=True))
+        rows = [(*row[:-1], cut_text(row[-1], max(4, width - others))) for row in rows]
+    show_table(header, rows, "nothing is queued")
     for text in dict.fromkeys(d["text"] for d in documents if d["text"]):
         write_folded(f"! no forecast: {printable(text)}", 2)
-    for d in [d for d in documents if d["predicted_miss"]][:3]:
-        write_folded(f"! {d['task_id']} is going to be late{printable(advice_sentence(d['advice']))}", 2)
+    late = [d for d in documents if d["predicted_miss"]]
+    for d in late[:NAMED_LATE]:
+        write_folded(f"! {printable(late_sentence(d, now))}", 2)
+    if len(late) > NAMED_LATE:
+        write_out(f"! and {len(late) - NAMED_LATE} more")
 
 
-def queued_cells(document: Row, now: int) -> tuple[str, ...]:
+def shown_ids(store: Store, ids: list[str]) -> dict[str, str]:
+    """How tasks are named in a table: on a terminal by the shortest beginnings of one length that no other task has."""
+    if terminal_width() is None or not ids:
+        return {task_id: task_id for task_id in ids}
+    for length in range(SHOWN_ID, max(map(len, ids))):
+        if all(is_one_of_a_kind(store, task_id[:length]) for task_id in ids):
+            return {task_id: task_id[:length] for task_id in ids}
+    return {task_id: task_id for task_id in ids}
+
+
+def is_one_of_a_kind(store: Store, beginning: str) -> bool:
+    try:
+        return bool(find_id(store, "task", beginning))
+    except UsageError:
+        return False
+
+
+def late_sentence(document: Row, now: int) -> str:
+    """What a person is told of a queued task that is late, or is going to be."""
+    deadline = parse_instant(document["sla_deadline"])
+    if now > deadline:
+        return f"{document['goal'][:40]!r} is late: {format_duration(now - deadline)} past its SLA of {format_duration(document['sla_ms'])}"
+    return f"{document['goal'][:40]!r} is going to be late{advice_sentence(document['advice'])}"
+
+
+def queued_cells(document: Row, shown_id: str, now: int) -> tuple[str, ...]:
     used = "-" if document["sla_ms"] is None else f"{100 * document['waiting_ms'] // document['sla_ms']}%"
     start, finish = (None if document[name] is None else max(0, parse_instant(document[name]) - now) for name in ("predicted_start_at", "predicted_finish_at"))
     done = format_duration(finish) + (" LATE" if document["predicted_miss"] else "")
-    return (document["task_id"], document["priority"], format_duration(document["waiting_ms"]), used,
-            format_duration(start), done, printable(document["goal"]))  # fmt: skip
+    return shown_id, document["priority"], format_duration(document["waiting_ms"]), used, format_duration(start), done, printable(document["goal"])
 
 
 # ---- events

@@ -102,7 +102,9 @@ def test_work_that_nothing_is_known_of_keeps_its_slot(module: Any) -> None:
     misses = [module.forecast_of(world, task, found[task["task_id"]])["miss"] for task in line[1:]]
     assert misses == [True, None, False], "said only where it is so whatever the unknown one takes"
     alone = module.played(world_of([0], {"work": 100, "new": None}), line[:2])
-    assert alone["t2"][0] == math.inf and module.forecast_of(world, line[1], alone["t2"]) is None
+    certain = module.forecast_of(world, line[1], alone["t2"])
+    assert alone["t2"][0] == math.inf and (certain["start_at"], certain["finish_at"], certain["miss"]) == (None, None, True)
+    assert module.forecast_of(world, line[2], (math.inf, 0.0, alone["t2"][2])) is None, "whether that one is late hangs on the unknown one"
 
 
 def naive(slots: int, means: dict[str, int], limits: dict[str, int], line: list[dict[str, Any]]) -> dict[str, int]:
@@ -271,9 +273,18 @@ def test_nothing_is_guessed(place: Place, past: Past) -> None:
     shell(place, "new", "true")
     place.handler("outside", "--external")
     _, fresh = place.submit("a", "--handler", "new", "--sla", "1h")
-    assert reason(place, fresh) == "nothing_learned" and "needs 10 completed runs, has 0" in predicted(place, fresh)["text"]
+    assert reason(place, fresh) == "no_daemon", "the obstacle that matters comes before what is not known"
+    assert reason(place, place.submit("e", "--handler", "outside")[1]) == "external"
+    place.ok("handler", "pause", "new")
+    assert reason(place, fresh) == "handler_paused"
+    place.ok("handler", "resume", "new")
     past.run("work", 1000)
     past.run("outside", 1000)
+    place.ok("task", "cancel", fresh)
+    with blocked_daemon(place):
+        _, fresh = place.submit("f", "--handler", "new")
+        assert reason(place, fresh) == "nothing_learned" and "needs 10 completed runs, has 0" in predicted(place, fresh)["text"]
+        place.ok("task", "cancel", fresh)
     done = place.json("submit-intent", "b", "--handler", "work", "--sla", "1h")
     assert [done[name] for name in ("predicted_start_at", "predicted_finish_at", "predicted_miss", "advice")] == [None, None, None, []]
     assert reason(place, done["task_id"]) == "no_daemon" and [one["action"] for one in predicted(place, done["task_id"])["advice"]] == ["start_daemon"]
@@ -490,6 +501,46 @@ def test_a_run_longer_than_the_sla_cannot_be_saved(place: Place, past: Past) -> 
         assert longer and place.json("submit-intent", "longer", "--handler", "work", "--sla", longer[1])["predicted_miss"] is False
 
 
+def test_why_it_is_late_is_what_makes_it_late(place: Place, past: Past) -> None:
+    """A run that is too long by itself: its length, and who is ahead only where that alone would make it late."""
+    shell(place, "work", BLOCK.replace("$0", str(place.folder)))
+    past.run("work", 540_000)
+    with place.daemon("--workers", "2"):
+        place.until_status(place.submit("runs", "--handler", "work")[1], "running")
+        alone = place.call("submit-intent", "alone", "--handler", "work", "--sla", "10s").err
+        assert re.search(r"of 10s by \d+m(\d+s)?: a run takes (8m5\d|9m\d?)s?; an SLA of \S+ would be met", alone), alone
+        place.until_status(place.json("task", "list")[0]["task_id"], "running")
+        place.submit("first", "--handler", "work", "--priority", "critical")
+        last = place.call("submit-intent", "last", "--handler", "work", "--sla", "10s").err
+        assert re.search(r"of 10s by 1\dm(\d+s)?: a run takes (8m5\d|9m\d?)s?, and 1 task is ahead of it on 2 workers; an SLA of \S+ would be met", last), last
+        (place.folder / "go").touch()
+
+
+def test_a_miss_that_is_certain_is_said_though_the_start_is_not_known(place: Place, past: Past) -> None:
+    """All slots are held by work of which nothing is known, but a run alone exceeds the SLA; what takes no slot of a daemon is not named."""
+    shell(place, "rep", "true")
+    past.run("rep", 300_000)
+    place.handler("gpu", "--external")
+    place.submit("elsewhere", "--handler", "gpu")
+    place.ok("task", "claim", "--handler", "gpu", "--worker", "w")
+    place.submit("elsewhere, later", "--handler", "gpu")
+    with blocked_daemon(place):
+        told = place.call("submit-intent", "too short", "--handler", "rep", "--sla", "10s")
+        assert re.match(r"grace: this will miss its SLA of 10s by 4m\d+s at least: a run takes (4m5\d|5m\d?)s?$", told.err.strip()), told.err
+        (event,) = forecasts(place)
+        task_id = event["task_id"]
+        assert event["predicted_finish_at"] is None and event["overdue_ms"] == pytest.approx(290_000, rel=0.03)
+        seen = predicted(place, task_id)
+        assert (seen["start_at"], seen["miss"], seen["text"]) == (None, True, "nothing learned yet of held, which it waits for")
+        text = place.ok("task", "explain", task_id).out
+        assert "it will miss its SLA of 10s" in text and "it is the first of its handler" in text
+        row = next(row for row in place.json("dashboard", "queued") if row["task_id"] == task_id)
+        assert (row["predicted_start_at"], row["predicted_miss"], row["text"]) == (None, True, seen["text"])
+        assert "'too short' is going to be late" in place.ok("dashboard", "queued").out
+        document = place.json("submit-intent", "long enough", "--handler", "rep", "--sla", "10h")
+        assert document["predicted_miss"] is None and list(document)[:2] == ["intent_id", "task_id"]
+
+
 @pytest.mark.parametrize("daemons", [1, 2])
 def test_a_daemon_foretells_once_what_has_changed_for_the_worse(place: Place, past: Past, daemons: int) -> None:
     """Fine when submitted, overtaken since: one event, before the warning, with two daemons too, and none more after a restart."""
@@ -593,7 +644,7 @@ def test_the_queue_on_the_screen(place: Place, past: Past) -> None:
         late = place.json("submit-intent", "evil \x1b[2J\u202e goal", "--handler", "work", "--sla", "70s")["task_id"]
         _, fresh = place.submit("first of its kind", "--handler", "new")
         out = place.ok("dashboard", "queued").out
-        assert "LATE" in out and f"! {late} is going to be late" in out and "one more worker" in out
+        assert "LATE" in out and "goal' is going to be late; in time with" in out and "one more worker" in out
         assert "! no forecast: nothing learned yet of new: needs 10 completed runs, has 0" in out
         assert "\x1b" not in out and "\u202e" not in out and "\\u{1b}[2J" in out
         (row,) = [row for row in place.json("dashboard", "queued") if row["task_id"] == late]
@@ -601,6 +652,15 @@ def test_the_queue_on_the_screen(place: Place, past: Past) -> None:
         assert place.call("dashboard", "queued", "--handler", "nobody").status == 3
         assert place.call("dashboard", "queued", "--priority", "urgent").status == 2
         place.ok("task", "cancel", fresh)
+        place.ok("task", "cancel", late)
+        shell(place, "left", "true", "--on-critical", "none")
+        _, over = place.submit("over already", "--handler", "left", "--sla", "10ms")
+        until(lambda: place.task(over)["elapsed_ms"] > 10, "its SLA to be over")
+        (row,) = place.json("dashboard", "queued")
+        assert row["predicted_miss"] is True and row["predicted_start_at"] is None and predicted(place, over)["miss"] is True
+        out = place.ok("dashboard", "queued").out
+        assert re.search(r"^task_\S+ .* - LATE +over already$", out, re.MULTILINE)
+        assert re.search(r"^! 'over already' is late: \S+ past its SLA of 10ms", out, re.MULTILINE)
         (place.folder / "go").touch()
 
 
