@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import GRACE, LIMIT, Place, load_module, shell, until
+from tests.test_cli import Terminal
 
 NOW = 1_900_000_000_000
 BLOCK = 'until test -e "$0/go"; do sleep 0.05; done'
@@ -661,6 +662,25 @@ def test_the_queue_on_the_screen(place: Place, past: Past) -> None:
         out = place.ok("dashboard", "queued").out
         assert re.search(r"^task_\S+ .* - LATE +over already$", out, re.MULTILINE)
         assert re.search(r"^! 'over already' is late: \S+ past its SLA of 10ms", out, re.MULTILINE)
+        (place.folder / "go").touch()
+
+
+def test_no_figure_is_cut_in_eighty_columns(place: Place, past: Past) -> None:
+    """With the longest words in every column the goal gives way, not a figure; the shortened id is one that commands take."""
+    shell(place, "work", BLOCK.replace("$0", str(place.folder)))
+    past.run("work", 750_000)
+    with place.daemon("--workers", "1"):
+        place.until_status(place.submit("runs", "--handler", "work", "--priority", "critical")[1], "running")
+        ids = [place.submit(f"the archive of the shop, part {n}", "--handler", "work", "--sla", "20m", "--priority", "critical")[1] for n in range(5)]
+        status, text = Terminal(place, "dashboard", "queued", env={"NO_COLOR": "1"}).end()
+        lines = text.splitlines()
+        assert status == 0 and max(map(len, lines)) <= 80, text
+        figure = r"\d[\d.dhms]*[dhms]"
+        rows = [re.fullmatch(rf"(task_\w+) +critical +{figure} +\d+% +{figure} +{figure} LATE +the arc.*", line) for line in lines[1:6]]
+        shown = [row[1] for row in rows if row]
+        assert len(shown) == 5, text
+        assert [place.task(one)["task_id"] for one in shown] == ids
+        assert sum(line.startswith("! ") for line in lines) == 4 and lines[-1] == "! and 2 more"
         (place.folder / "go").touch()
 
 
