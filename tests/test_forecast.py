@@ -410,8 +410,8 @@ def test_advice_that_is_given_saves_it(place: Place, past: Past) -> None:
     past.run("nap", 1030)
     wanted = ("--handler", "nap", "--sla", "5s")
     with place.daemon("--workers", "1"):
-        for n in range(20):
-            place.submit(f"nap {n}", "--handler", "nap", "--priority", "critical", "--sla", "3s")
+        lines = "".join(json.dumps({"goal": f"nap {n}", "handler": "nap", "priority": "critical", "sla": "3s"}) + "\n" for n in range(20))
+        place.ok("submit-intent", "--batch", "-", stdin=lines.encode())
         done = place.call("submit-intent", "as it is", *wanted, "--json")
         document = done.json
         assert document["predicted_miss"] is True and done.err == ""

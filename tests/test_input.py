@@ -185,7 +185,7 @@ def ground(place: Place, inside: Caller) -> dict[str, str]:
     assert inside("submit-intent", "for others", "--handler", "outside").status == 0
     return {"id": made["task_id"], "ids": made["intent_id"], "goal": "a goal", "name": "work", "worker": "w1", "handler": "work", "done": "1", "total": "2",
             "error": "it broke", "cmd": "true", "operation": "get", "topic": "mine.own", "payload": "{}", "value": "1m", "file": "past.jsonl",
-            "intent": made["intent_id"]}  # fmt: skip
+            "intent": made["intent_id"], "priority": "low"}  # fmt: skip
 
 
 # ---- a vault for the commands that need one
