@@ -202,7 +202,7 @@ def test_a_killed_consumer_loses_nothing(place: Place) -> None:
         process.send_signal(signal.SIGKILL)
         rest, _ = process.communicate(timeout=LIMIT)
         told = [json.loads(line)["id"] for line in [*lines, *rest.splitlines(keepends=True)] if line.endswith(b"\n")]
-        if seen and told[0] == seen[-1]:
+        if seen and told and told[0] == seen[-1]:
             repeated += 1
             told = told[1:]
         seen += told
