@@ -5408,7 +5408,7 @@ def hourly_figures(reader: Reader, since: int) -> list[Row]:
     return [row for row in found if row["total"]]
 
 
-USUAL_RUNS, USUAL_DAYS = 10, 7  # fewer runs tell nothing of what is usual
+USUAL_DAYS = 7
 USUAL_DURATIONS = f"""SELECT bucket, SUM(n) AS n FROM htm_durations WHERE imported = 0 AND task_type = :kind
   AND ((level = 'day' AND starts_at IN ({', '.join(f':day - {DAY * n}' for n in range(USUAL_DAYS + 1))})) OR (level = 'hour' AND starts_at >= :folded))
   GROUP BY bucket ORDER BY bucket"""
@@ -5418,7 +5418,7 @@ def usual_p95(reader: Reader, kind: str, now: int) -> float | None:
     """The p95 (ms) of what a kind of task took in the last week; None below ten runs."""
     folded = int(reader.value(FOLDED_UNTIL) or 0)
     histogram = [(row["bucket"], row["n"]) for row in reader.all(USUAL_DURATIONS, kind=kind, day=now - now % DAY, folded=folded)]
-    return percentile(histogram, 0.95) if sum(n for _, n in histogram) >= USUAL_RUNS else None
+    return percentile(histogram, 0.95) if sum(n for _, n in histogram) >= MIN_RUNS else None
 
 
 LONG_HOURS = """SELECT starts_at FROM htm_durations WHERE bucket >= :bucket AND ((level = 'hour_all' AND starts_at >= :since AND starts_at < :folded)
@@ -6238,7 +6238,7 @@ def rehearse(reader: Reader, handler: str | None, since: int, warn_at: float, cr
 # of each handler have taken, played through. The same play with one thing changed says what would save a task from missing
 # its SLA. Where something that this rests on is not known, there is no forecast but the reason.
 
-NEEDED_RUNS, ENOUGH_RUNS = 10, 200  # fewer say nothing; of more, the newest say it
+ENOUGH_RUNS = 200  # of more, the newest say it
 LOOK_BACK, LOOK_FAR_BACK = 7 * DAY, 90 * DAY  # where these have too few runs, those
 LEARNED_FOR = 10 * MINUTE
 WINDOW = 200  # how much of the queue is played through; what is further back is reckoned from the numbers ahead of it
@@ -6289,7 +6289,7 @@ def learned_durations(reader: Reader, handler: str, now: int) -> Row:
     """What the newest runs of a handler took; summed up afresh when that is old, and kept where we may write."""
     known = reader.one(KNOWN_DURATIONS, handler=handler)
     if known is not None:
-        fresh, more = known["completed_now"] - known["completed"], known["runs"] if says_enough(known) else NEEDED_RUNS - known["runs"]
+        fresh, more = known["completed_now"] - known["completed"], known["runs"] if says_enough(known) else MIN_RUNS - known["runs"]
         if 0 <= now - known["made_at"] < LEARNED_FOR and 0 <= fresh < more:
             return known
     made = {"handler": handler, **summed_up(recent_durations(reader, handler, now)), "made_at": now,
@@ -6303,7 +6303,7 @@ def recent_durations(reader: Reader, kind: str, now: int) -> list[tuple[int, int
     """The histogram of the newest runs of a kind of task: about two hundred of the last week, or where that has hardly any, of ninety days."""
     hour, day = now - now % HOUR, now - now % DAY
     rows = reader.all(DURATIONS_OF, level="hour", span=HOUR, newest=hour + DAY, oldest=hour - LOOK_BACK, kind=kind)  # a day more: clocks step back
-    if sum(row["n"] for row in rows) < NEEDED_RUNS:
+    if sum(row["n"] for row in rows) < MIN_RUNS:
         folded = int(reader.value(FOLDED_UNTIL) or 0)
         days = reader.all(DURATIONS_OF, level="day", span=DAY, newest=day + DAY, oldest=day - LOOK_FAR_BACK, kind=kind)
         rows = [row for row in rows if row["at"] >= folded] + days
@@ -6327,7 +6327,7 @@ def summed_up(histogram: list[tuple[int, int]]) -> Row:
 
 
 def says_enough(learned: Row | None) -> bool:
-    return learned is not None and bool(learned["runs"] >= NEEDED_RUNS)
+    return learned is not None and bool(learned["runs"] >= MIN_RUNS)
 
 
 def remaining_ms(histogram: list[tuple[int, int]], elapsed: int, part: float = 0.5) -> float:
@@ -6445,7 +6445,7 @@ def no_forecast(world: Row, task: Row) -> tuple[str, str] | None:
     if task["status"] == "queued" and (why := cannot_start(world, name, handler)):
         return why
     if learned is None or not learned["enough"]:
-        return "nothing_learned", f"nothing learned yet of {name}: needs {NEEDED_RUNS} completed runs, has {learned['runs'] if learned else 0}"
+        return "nothing_learned", f"nothing learned yet of {name}: needs {MIN_RUNS} completed runs, has {learned['runs'] if learned else 0}"
     return None
 
 
@@ -11747,7 +11747,7 @@ def show_slow(document: Row) -> None:
         write_out(f"{title}:")
         show_table(header, cells, f"  {empty}")
     if any(d["usual_p95_ms"] is None for part in ("running", "completed") for d in document[part]):
-        write_folded(f"USUAL P95 -: not known before {USUAL_RUNS} of the kind have completed within {USUAL_DAYS} days", 0)
+        write_folded(f"USUAL P95 -: not known before {MIN_RUNS} of the kind have completed within {USUAL_DAYS} days", 0)
 
 
 @command("dashboard hourly", opt("--hours", kind=Checked("number", whole(1, 744)), default=24, show_default=True, help="So many, this one included."), WATCH)
