@@ -1354,6 +1354,7 @@ class Store(Reader):
         self.path, self.actor, self.since = os.path.realpath(path), actor, 0
         self.columns: dict[str, tuple[str, ...]] = {}
         self.own_door: str | None = None
+        self.while_waiting: tuple[float, Callable[[], None]] | None = None  # for a turn to write: see wait_for_lock()
         self._ticket = -1
         self._durable = True
         check_place(self.path)
@@ -1403,7 +1404,7 @@ class Store(Reader):
                 self._ticket = os.open(self.path + "-ticket", os.O_RDWR | os.O_CREAT, 0o600)
             except OSError as error:
                 raise DatabaseError(f"cannot open {self.path}-ticket: {error.strerror}") from error
-        wait_for_lock(self._ticket)
+        wait_for_lock(self._ticket, moving=self.while_waiting)
         try:
             self.show_life()
             yield
@@ -1614,8 +1615,10 @@ def _on_alarm(signum: int, frame: Any) -> None:
     raise _StoodStillError
 
 
-def wait_for_lock(fd: int, what: str = "the writers' queue") -> None:
-    """Take the flock, however long the queue, as long as it moves; DatabaseError once it stood still for 30 s."""
+def wait_for_lock(fd: int, what: str = "the writers' queue", moving: tuple[float, Callable[[], None]] | None = None) -> None:
+    """Take the flock, however long the queue, as long as it moves; DatabaseError once it stood still for 30 s.
+
+    `moving`: how often (seconds) to look whether it does, and what to call when it did."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return
@@ -1623,16 +1626,20 @@ def wait_for_lock(fd: int, what: str = "the writers' queue") -> None:
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
             raise DatabaseError(f"cannot lock {what}: {error.strerror}") from error
     previous = signal.signal(signal.SIGALRM, _on_alarm)
-    seen = os.pread(fd, 120, 0)
+    seen, since = os.pread(fd, 120, 0), time.monotonic()
+    every, moved = moving or (STANDSTILL, lambda: None)
     try:
         while True:
             try:
-                signal.setitimer(signal.ITIMER_REAL, STANDSTILL)
+                signal.setitimer(signal.ITIMER_REAL, min(every, STANDSTILL))
                 fcntl.flock(fd, fcntl.LOCK_EX)
                 return
             except _StoodStillError:
                 holder = os.pread(fd, 120, 0)
-                if holder == seen:
+                if holder != seen:
+                    seen, since = holder, time.monotonic()
+                    moved()
+                elif time.monotonic() - since > 0.99 * STANDSTILL:
                     who = holder.decode(errors="replace").split()
                     raise DatabaseError(f"{what} has stood still for {STANDSTILL} s, held by process {' '.join(who[:1] + who[2:]) or '?'}",
                                         "see what that process is doing; end it if it hangs") from None  # fmt: skip
@@ -9115,6 +9122,8 @@ class Daemon:
         self.reload = False  # to execute itself anew
         watchdog = int(os.environ.get("WATCHDOG_USEC") or 0) if os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()) else 0
         self.watchdog_every, self.watchdog_at = (watchdog / 2e6 if watchdog else float("inf")), 0.0
+        if watchdog:  # others may count a large database anew meanwhile
+            self.store.while_waiting = self.watchdog_every, lambda: notify_systemd("WATCHDOG=1")
         for facts in resumed["children"] if resumed else []:
             self.sup.adopt(facts, {"kill_after_ms": facts["kill_after_ms"]})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import getpass
 import json
 import os
@@ -636,6 +637,27 @@ def test_the_service_manager_is_told(place: Place, manager: Manager) -> None:
         assert "STOPPING=1" not in manager.listen()
     manager.until("STOPPING=1")
     assert manager.heard.index("READY=1") < manager.heard.index("RELOADING=1") < manager.heard.index("STOPPING=1")
+
+
+def test_the_watchdog_is_fed_while_another_process_writes_for_long(place: Place, manager: Manager) -> None:
+    """A daemon that waits for its turn does not hang, as long as whoever has the turn shows signs of life; then it goes on."""
+    shell(place, "work", WAIT_FOR_GO)
+    with place.daemon(env={"NOTIFY_SOCKET": str(place.folder / "notify"), "WATCHDOG_USEC": "400000"}) as daemon:
+        task_id = place.submit("work", "--handler", "work")[1]
+        place.until_status(task_id, "running")
+        with open(f"{place.db}-ticket", "r+b", buffering=0) as ticket:
+            fcntl.flock(ticket, fcntl.LOCK_EX)
+            release(place)
+            until(lambda: re.search(rf"-> FLOCK .* {daemon.pid} ", Path("/proc/locks").read_text()), "the daemon to wait for its turn")
+            fed = manager.listen().count("WATCHDOG=1")
+
+            def works_on() -> bool:
+                os.pwrite(ticket.fileno(), f"{os.getpid()} {time.monotonic_ns()} somebody".ljust(120).encode(), 0)
+                return manager.listen().count("WATCHDOG=1") >= fed + 5
+
+            until(works_on, "the watchdog to be fed")
+            assert place.task(task_id)["status"] == "running"
+        place.until_status(task_id, "completed")
 
 
 def test_a_watchdog_meant_for_another_process_is_left_alone(place: Place, manager: Manager) -> None:
