@@ -46,6 +46,7 @@ import errno
 import fcntl
 import functools
 import gc
+import itertools
 import json
 import math
 import operator
@@ -1643,7 +1644,6 @@ def wait_for_lock(fd: int, what: str = "the writers' queue", moving: tuple[float
                     who = holder.decode(errors="replace").split()
                     raise DatabaseError(f"{what} has stood still for {STANDSTILL} s, held by process {' '.join(who[:1] + who[2:]) or '?'}",
                                         "see what that process is doing; end it if it hangs") from None  # fmt: skip
-                seen = holder
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
@@ -5258,6 +5258,12 @@ SET_FOLDED_UNTIL = """INSERT INTO counters (name, value) VALUES ('metrics_folded
   ON CONFLICT (name) DO UPDATE SET value = excluded.value"""
 HOURS_OVER = "SELECT * FROM htm_metrics WHERE level = 'hour' AND starts_at >= :since AND starts_at < :until"
 DURATIONS_OVER = "SELECT * FROM htm_durations WHERE level = 'hour' AND starts_at >= :since AND starts_at < :until"
+HISTOGRAM_OF = """SELECT histogram FROM htm_histograms
+  WHERE level = :level AND starts_at = :starts_at AND task_type = :task_type AND domain = :domain"""
+SET_HISTOGRAM = """INSERT INTO htm_histograms (level, starts_at, task_type, domain, histogram, runs, longest)
+  VALUES (:level, :starts_at, :task_type, :domain, :histogram, :runs, :longest)
+  ON CONFLICT (level, starts_at, task_type, domain) DO UPDATE SET histogram = excluded.histogram, runs = excluded.runs, longest = excluded.longest"""
+Histogram = list[tuple[int, int]]  # bucket and how many, in ascending order
 
 
 def bucket_of(ms: int) -> int:
@@ -5314,8 +5320,40 @@ def add_sums(tx: Tx, hour: int, task_type: str, domain: str, imported: int, sums
 
 
 def add_duration(tx: Tx, hour: int, task_type: str, domain: str, imported: int, bucket: int, n: int, folded: int) -> None:
-    for key in levels_of(hour, task_type, domain, imported, folded):
-        tx.tally(ADD_DURATION, (*key, bucket), n)
+    tx.tally(ADD_DURATION, ("hour", hour, task_type, domain, imported, bucket), n)
+    if hour < folded:
+        add_to_day(tx, hour, task_type, domain, imported, bucket, n)
+        for key in [] if imported else histograms_of(hour, task_type, domain):
+            add_histogram(tx, key, {bucket: n})
+
+
+def add_to_day(tx: Tx, hour: int, task_type: str, domain: str, imported: int, bucket: int, n: int) -> None:
+    tx.tally(ADD_DURATION, ("day", hour - hour % DAY, task_type, domain, imported, bucket), n)
+
+
+def histograms_of(hour: int, task_type: str, domain: str) -> tuple[tuple[str, int, str, str], ...]:
+    """The histograms that a run in this hour belongs to once the hour has been summed up."""
+    day = hour - hour % DAY
+    return (("ever", 0, task_type, ""), ("day_kind", day, task_type, ""), ("day_all", day, "", ""), ("hour_domain", hour, "", domain),
+            ("hour_all", hour, "", ""))  # fmt: skip
+
+
+def add_histogram(tx: Tx, key: tuple[str, int, str, str], more: dict[int, int]) -> None:
+    """Add counts by bucket to a histogram that is kept in one row."""
+    which = dict(zip(("level", "starts_at", "task_type", "domain"), key, strict=True))
+    found = tx.value(HISTOGRAM_OF, **which)
+    merged = merge([json.loads(found) if found else [], more.items()])
+    if merged:
+        tx.run(SET_HISTOGRAM, **which, histogram=to_json(merged), runs=sum(n for _, n in merged), longest=merged[-1][0])
+
+
+def merge(histograms: Iterable[Iterable[tuple[int, int]]]) -> Histogram:
+    """The sum of histograms."""
+    counts: dict[int, int] = {}
+    for histogram in histograms:
+        for bucket, n in histogram:
+            counts[bucket] = counts.get(bucket, 0) + n
+    return sorted(counts.items())
 
 
 def fold_hours(tx: Tx, hour: int) -> int:
@@ -5329,20 +5367,35 @@ def fold_hours(tx: Tx, hour: int) -> int:
         for key in levels_of(row["starts_at"], row["task_type"], row["domain"], row["imported"], hour):
             if key[0] != "hour":
                 tx.tally(ADD_METRICS, key, *(row[name] for name in METRIC_SUMS))
-    for row in tx.all(DURATIONS_OVER, since=folded, until=hour):
-        for key in levels_of(row["starts_at"], row["task_type"], row["domain"], row["imported"], hour):
-            if key[0] != "hour":
-                tx.tally(ADD_DURATION, (*key, row["bucket"]), row["n"])
+    durations = tx.all(DURATIONS_OVER, since=folded, until=hour)
+    for row in durations:
+        add_to_day(tx, row["starts_at"], row["task_type"], row["domain"], row["imported"], row["bucket"], row["n"])
+    fold_histograms(tx, durations)
     tx.run(SET_FOLDED_UNTIL, at=hour)
     tx.settings["_metrics_folded_until"] = hour
     return hour
+
+
+def fold_histograms(tx: Tx, durations: list[Row]) -> None:
+    """Add what is counted in rows to the histograms that are kept in one row each."""
+    sums: dict[tuple[str, int, str, str], dict[int, int]] = {}
+    for row in durations:
+        bucket, n = row["bucket"], row["n"]
+        for key in () if row["imported"] else histograms_of(row["starts_at"], row["task_type"], row["domain"]):
+            counts = sums.setdefault(key, {})
+            counts[bucket] = counts.get(bucket, 0) + n
+    for key, counts in sums.items():
+        add_histogram(tx, key, counts)
 
 
 WINDOW_ROWS = """ WHERE (level = 'day_all' AND starts_at >= :day AND starts_at < :last_day)
   OR (level = 'hour_all' AND starts_at >= :since AND starts_at < :day) OR (level = 'hour_all' AND starts_at >= :last_day AND starts_at < :folded)
   OR (level = 'hour' AND imported = 0 AND starts_at >= :folded)"""
 WINDOW_SUMS = f"SELECT {', '.join(f'COALESCE(SUM({name}), 0) AS {name}' for name in METRIC_SUMS)} FROM htm_metrics{WINDOW_ROWS}"
-WINDOW_DURATIONS = f"SELECT bucket, SUM(n) AS n FROM htm_durations{WINDOW_ROWS} GROUP BY bucket ORDER BY bucket"
+WINDOW_HISTOGRAMS = """SELECT histogram FROM htm_histograms WHERE (level = 'day_all' AND starts_at >= :day AND starts_at < :last_day)
+  OR (level = 'hour_all' AND starts_at >= :since AND starts_at < :day) OR (level = 'hour_all' AND starts_at >= :last_day AND starts_at < :folded)"""
+NEW_DURATIONS = """SELECT bucket, SUM(n) AS n FROM htm_durations WHERE level = 'hour' AND imported = 0 AND starts_at >= :folded
+  GROUP BY bucket ORDER BY bucket"""
 
 
 def window_bounds(reader: Reader, since: int) -> dict[str, int]:
@@ -5356,9 +5409,14 @@ def window_bounds(reader: Reader, since: int) -> dict[str, int]:
     return {"since": since, "day": day, "last_day": last_day, "folded": folded}
 
 
-def percentile(histogram: Iterable[tuple[int, int]], part: float) -> float | None:
-    """The nearest-rank percentile (ms, within 2 %) of (bucket, count) in ascending order; None where nothing was counted."""
-    histogram = list(histogram)
+def window_histogram(reader: Reader, bounds: dict[str, int]) -> Histogram:
+    """How long what completed within the bounds took."""
+    new = reader.all(NEW_DURATIONS, folded=bounds["folded"])
+    return merge([*(json.loads(row["histogram"]) for row in reader.all(WINDOW_HISTOGRAMS, **bounds)), [(row["bucket"], row["n"]) for row in new]])
+
+
+def percentile(histogram: Histogram, part: float) -> float | None:
+    """The nearest-rank percentile (ms, within 2 %); None where nothing was counted."""
     rank = math.ceil(part * sum(n for _, n in histogram) - 1e-9)
     for bucket, n in histogram:
         rank -= n
@@ -5371,7 +5429,7 @@ def window_figures(reader: Reader, since: int) -> Row:
     """Averages and percentiles (ms) of what has been completed since then, counted in whole hours; null where nothing was."""
     bounds = window_bounds(reader, since)
     sums = reader.one(WINDOW_SUMS, **bounds) or {}
-    durations = [(row["bucket"], row["n"]) for row in reader.all(WINDOW_DURATIONS, **bounds)]
+    durations = window_histogram(reader, bounds)
     runs, buffers, failed = sums["runs"], sums["buffers"], sums["failed"] + sums["timed_out"]
     return {
         "avg_buffer_ms": sums["buffer_ms"] / buffers if buffers else None,
@@ -5392,16 +5450,18 @@ def part_of(part: float, whole: float) -> float | None:
 HOURLY_SUMS = f"""SELECT starts_at, domain, {', '.join(f'SUM({name}) AS {name}' for name in METRIC_SUMS)} FROM htm_metrics
   WHERE (level = 'hour_domain' AND starts_at >= :since AND starts_at < :folded) OR (level = 'hour' AND imported = 0 AND starts_at >= :folded)
   GROUP BY starts_at, domain ORDER BY starts_at, domain"""
-HOURLY_DURATIONS = """SELECT starts_at, domain, bucket, SUM(n) AS n FROM htm_durations
-  WHERE (level = 'hour_domain' AND starts_at >= :since AND starts_at < :folded) OR (level = 'hour' AND imported = 0 AND starts_at >= :folded)
+HOURLY_HISTOGRAMS = """SELECT starts_at, domain, histogram FROM htm_histograms
+  WHERE level = 'hour_domain' AND starts_at >= :since AND starts_at < :folded"""
+HOURLY_NEW = """SELECT starts_at, domain, bucket, SUM(n) AS n FROM htm_durations WHERE level = 'hour' AND imported = 0 AND starts_at >= :folded
   GROUP BY starts_at, domain, bucket ORDER BY starts_at, domain, bucket"""
 
 
 def hourly_figures(reader: Reader, since: int) -> list[Row]:
     """What ended in each full hour (UTC) from `since` on, by domain; hours in which nothing did are left out."""
-    histograms: dict[tuple[int, str], list[tuple[int, int]]] = {}
     folded = max(since, int(reader.value(FOLDED_UNTIL) or 0))
-    for row in reader.all(HOURLY_DURATIONS, since=since, folded=folded):
+    histograms: dict[tuple[int, str], Histogram] = {
+        (row["starts_at"], row["domain"]): json.loads(row["histogram"]) for row in reader.all(HOURLY_HISTOGRAMS, since=since, folded=folded)}  # fmt: skip
+    for row in reader.all(HOURLY_NEW, folded=folded):
         histograms.setdefault((row["starts_at"], row["domain"]), []).append((row["bucket"], row["n"]))
     found = []
     for row in reader.all(HOURLY_SUMS, since=since, folded=folded):
@@ -5416,22 +5476,26 @@ def hourly_figures(reader: Reader, since: int) -> list[Row]:
 
 
 USUAL_DAYS = 7
-USUAL_DURATIONS = f"""SELECT bucket, SUM(n) AS n FROM htm_durations WHERE imported = 0 AND task_type = :kind
-  AND ((level = 'day' AND starts_at IN ({', '.join(f':day - {DAY * n}' for n in range(USUAL_DAYS + 1))})) OR (level = 'hour' AND starts_at >= :folded))
+USUAL_HISTOGRAMS = f"""SELECT histogram FROM htm_histograms WHERE level = 'day_kind' AND task_type = :kind AND domain = ''
+  AND starts_at IN ({', '.join(f':day - {DAY * n}' for n in range(USUAL_DAYS + 1))})"""
+USUAL_NEW = """SELECT bucket, SUM(n) AS n FROM htm_durations WHERE level = 'hour' AND starts_at >= :folded AND task_type = :kind AND imported = 0
   GROUP BY bucket ORDER BY bucket"""
 
 
 def usual_p95(reader: Reader, kind: str, now: int) -> float | None:
     """The p95 (ms) of what a kind of task took in the last week; None below ten runs."""
-    folded = int(reader.value(FOLDED_UNTIL) or 0)
-    histogram = [(row["bucket"], row["n"]) for row in reader.all(USUAL_DURATIONS, kind=kind, day=now - now % DAY, folded=folded)]
+    new = reader.all(USUAL_NEW, kind=kind, folded=int(reader.value(FOLDED_UNTIL) or 0))
+    week = (json.loads(row["histogram"]) for row in reader.all(USUAL_HISTOGRAMS, kind=kind, day=now - now % DAY))
+    histogram = merge([*week, [(row["bucket"], row["n"]) for row in new]])
     return percentile(histogram, 0.95) if sum(n for _, n in histogram) >= MIN_RUNS else None
 
 
-LONG_HOURS = """SELECT starts_at FROM htm_durations WHERE bucket >= :bucket AND ((level = 'hour_all' AND starts_at >= :since AND starts_at < :folded)
-  OR (level = 'hour' AND imported = 0 AND starts_at >= :folded)) GROUP BY starts_at ORDER BY MAX(bucket) DESC"""
-LONG_KINDS = """SELECT task_type FROM htm_durations WHERE level = 'hour' AND starts_at = :hour AND imported = 0 AND bucket >= :bucket
-  AND task_type <> 'rescue' GROUP BY task_type"""
+LONG_HOURS = """SELECT starts_at, longest FROM htm_histograms WHERE level = 'hour_all' AND starts_at >= :since AND starts_at < :folded AND longest >= :bucket
+  UNION ALL SELECT starts_at, MAX(bucket) AS longest FROM htm_durations WHERE level = 'hour' AND starts_at >= :folded AND imported = 0 AND bucket >= :bucket
+    GROUP BY starts_at ORDER BY longest DESC"""
+LONG_KINDS = """SELECT m.task_type FROM htm_metrics m WHERE m.level = 'hour' AND m.starts_at = :hour AND m.imported = 0 AND m.task_type <> 'rescue'
+  AND EXISTS (SELECT 1 FROM htm_durations d WHERE d.level = 'hour' AND d.starts_at = :hour AND d.task_type = m.task_type
+    AND d.domain = m.domain AND d.imported = 0 AND d.bucket >= :bucket) GROUP BY m.task_type"""
 SLOWEST_OF = f"""SELECT t.* FROM outcome_records o CROSS JOIN htm_tasks t -- CROSS so that the few long outcomes come first
   WHERE t.task_id = o.task_id AND o.handler = :kind AND o.created_at >= :hour AND o.created_at < :hour + {HOUR} AND o.success = 1
     AND o.execution_time >= :seconds ORDER BY o.execution_time DESC LIMIT :n"""
@@ -5444,7 +5508,7 @@ def slowest_tasks(reader: Reader, since: int, n: int) -> list[Row]:
     No index holds tasks by what they took. The histograms tell how long the n-th longest was, in which hours and of which kinds there were
     such runs, and only the outcomes of those kinds in those hours are read."""
     bounds = window_bounds(reader, since)
-    histogram = [(row["bucket"], row["n"]) for row in reader.all(WINDOW_DURATIONS, **bounds)][::-1]
+    histogram = window_histogram(reader, bounds)[::-1]
     total, found = sum(count for _, count in histogram), []
     for wanted in (n, 10 * n, 100 * n):  # there may be fewer than counted: rescues are left out, and rows may have been deleted
         found = longer_tasks(reader, bounds, bucket_of_rank(histogram, wanted), n) if total else []
@@ -5474,16 +5538,19 @@ def longer_tasks(reader: Reader, bounds: dict[str, int], bucket: int, n: int) ->
 
 EVER_SUMS = f"""SELECT task_type, domain, {', '.join(f'SUM({name}) AS {name}' for name in METRIC_SUMS)} FROM htm_metrics
   WHERE imported = 0 AND (level = 'ever' OR (level = 'hour' AND starts_at >= :folded)) GROUP BY task_type, domain ORDER BY task_type, domain"""
-EVER_DURATIONS = """SELECT task_type, bucket, SUM(n) AS n FROM htm_durations
-  WHERE imported = 0 AND (level = 'ever' OR (level = 'hour' AND starts_at >= :folded)) GROUP BY task_type, bucket ORDER BY task_type, bucket"""
+EVER_HISTOGRAMS = "SELECT task_type, histogram FROM htm_histograms WHERE level = 'ever' ORDER BY task_type"
+EVER_NEW = """SELECT task_type, bucket, SUM(n) AS n FROM htm_durations WHERE level = 'hour' AND imported = 0 AND starts_at >= :folded
+  GROUP BY task_type, bucket ORDER BY task_type, bucket"""
 
 
-def ever_figures(reader: Reader) -> tuple[list[Row], dict[str, list[tuple[int, int]]]]:
+def ever_figures(reader: Reader) -> tuple[list[Row], dict[str, Histogram]]:
     """Of all time: the sums by kind and domain, and the histogram of each kind. They only ever grow, whatever retention takes away."""
     folded = int(reader.value(FOLDED_UNTIL) or 0)
-    histograms: dict[str, list[tuple[int, int]]] = {}
-    for row in reader.all(EVER_DURATIONS, folded=folded):
-        histograms.setdefault(row["task_type"], []).append((row["bucket"], row["n"]))
+    histograms: dict[str, Histogram] = {row["task_type"]: json.loads(row["histogram"]) for row in reader.all(EVER_HISTOGRAMS)}
+    new: dict[str, Histogram] = {}
+    for row in reader.all(EVER_NEW, folded=folded):
+        new.setdefault(row["task_type"], []).append((row["bucket"], row["n"]))
+    histograms.update({kind: merge([histograms.get(kind, []), more]) for kind, more in new.items()})
     return reader.all(EVER_SUMS, folded=folded), histograms
 
 
@@ -5553,10 +5620,10 @@ RECOUNT_TOTALS = """SELECT COUNT(*) FILTER (WHERE finished_at IS NOT NULL AND sl
   FROM htm_tasks t"""
 GAPS_IN_TASKS = "SELECT COUNT(*) < COALESCE(MAX(seq), 0) AS gaps FROM htm_tasks"
 GAPS_IN_OUTCOMES = "SELECT COUNT(*) < COALESCE(MAX(seq), 0) AS gaps FROM outcome_records"
-COUNTED = ("task_counts", "htm_metrics", "htm_durations", "counters")
+COUNTED = ("task_counts", "htm_metrics", "htm_durations", "htm_histograms", "counters")
 KIND_OF_ROW = ("level", "starts_at", "task_type", "domain", "imported")
 ROWS_COUNTED = {"task_counts": (("handler", "status", "priority", "level"), ("n",)), "htm_metrics": (KIND_OF_ROW, METRIC_SUMS),
-                "htm_durations": ((*KIND_OF_ROW, "bucket"), ("n",))}  # fmt: skip
+                "htm_durations": ((*KIND_OF_ROW, "bucket"), ("n",)), "htm_histograms": (KIND_OF_ROW[:4], ("histogram", "runs", "longest"))}  # fmt: skip
 ENDED = "completed + failed + timed_out + cancelled"
 KEEP_HOURS = f"""SELECT o.starts_at, o.task_type, o.domain, o.imported FROM old_htm_metrics o LEFT JOIN htm_metrics m ON m.level = 'hour'
     AND m.starts_at = o.starts_at AND m.task_type = o.task_type AND m.domain = o.domain AND m.imported = o.imported
@@ -5568,6 +5635,7 @@ KEEP_ENDED = """INSERT INTO task_counts (handler, status, priority, level, n) SE
   ON CONFLICT (handler, status, priority, level) DO UPDATE SET n = excluded.n WHERE excluded.n > task_counts.n"""
 SET_TOTAL = """INSERT INTO counters (name, value) VALUES (:name, :value)
   ON CONFLICT (name) DO UPDATE SET value = excluded.value WHERE :gaps = 0 OR excluded.value > counters.value"""
+DAYS_COUNTED = "SELECT starts_at FROM htm_metrics WHERE level = 'day_all'"
 DAY_OF = f"starts_at - starts_at % {DAY}"
 COARSER = {  # what the hours are summed up into: its start, its kind, and what tells its rows from each other
     "day": (DAY_OF, "task_type, domain, imported", f"{DAY_OF}, task_type, domain, imported"),
@@ -5612,6 +5680,7 @@ def recount_rollups(tx: Tx, gaps: dict[str, int]) -> None:
     """The hours from the rows, then the coarser levels from the hours that are over."""
     tx.run("DELETE FROM htm_metrics")
     tx.run("DELETE FROM htm_durations")
+    tx.run("DELETE FROM htm_histograms")
     tx.run(RECOUNT_HOURS)
     tx.run(RECOUNT_IMPORTED)
     try:
@@ -5627,10 +5696,12 @@ def recount_rollups(tx: Tx, gaps: dict[str, int]) -> None:
     folded = int(tx.value(FOLDED_UNTIL) or 0)
     for level, (start, kind, rows) in COARSER.items():
         which = " AND imported = 0" if level.startswith(("hour_", "day_")) else ""
-        for table, key, sums in (("htm_metrics", "", METRIC_SUMS), ("htm_durations", ", bucket", ("n",))):
+        for table, key, sums in (("htm_metrics", "", METRIC_SUMS), ("htm_durations", ", bucket", ("n",)))[: 2 if level == "day" else 1]:
             tx.run(f"""INSERT INTO {table} (level, starts_at, task_type, domain, imported{key}, {', '.join(sums)})
               SELECT '{level}', {start}, {kind}{key}, {', '.join(f'SUM({name})' for name in sums)} FROM {table}
               WHERE level = 'hour' AND starts_at < :folded{which} GROUP BY {rows}{key}""", folded=folded)  # fmt: skip
+    for day in tx.all(DAYS_COUNTED):
+        fold_histograms(tx, tx.all(DURATIONS_OVER, since=day["starts_at"], until=min(folded, day["starts_at"] + DAY)))
 
 
 def bucket_in_sql(*values: Any) -> int:
@@ -5646,6 +5717,7 @@ def counted_figures(reader: Reader) -> dict[str, int]:
         figures.update((f"rollup {row['level']}{' imported' if row['imported'] else ''} {name}", row[name]) for name in METRIC_SUMS)
     for row in reader.all("SELECT level, imported, SUM(n) AS n FROM htm_durations GROUP BY level, imported"):
         figures[f"histogram {row['level']}{' imported' if row['imported'] else ''} runs"] = row["n"]
+    figures.update((f"histogram {row['level']} runs", row["n"]) for row in reader.all("SELECT level, SUM(runs) AS n FROM htm_histograms GROUP BY level"))
     return figures
 
 
@@ -10124,10 +10196,12 @@ def escaped_label(text: str) -> str:
 
 def histogram_samples(labels: dict[str, str], histogram: list[tuple[int, int]], sum_ms: int) -> Iterator[Sample]:
     """The cumulative buckets of what was measured; each of our finer buckets counts whole, by its middle."""
-    middles = [(bucket_middle(bucket) / 1000, n) for bucket, n in histogram]
-    for bound in EXECUTION_BOUNDS:
-        yield "_bucket", {**labels, "le": f"{bound:g}"}, sum(n for middle, n in middles if middle <= bound)
-    count = sum(n for _, n in middles)
+    counts = [0] * (len(EXECUTION_BOUNDS) + 1)
+    for bucket, n in histogram:
+        counts[bisect_left(EXECUTION_BOUNDS, bucket_middle(bucket) / 1000)] += n
+    *within, count = itertools.accumulate(counts)
+    for bound, n in zip(EXECUTION_BOUNDS, within, strict=True):
+        yield "_bucket", {**labels, "le": f"{bound:g}"}, n
     yield from (("_bucket", {**labels, "le": "+Inf"}, count), ("_sum", labels, sum_ms / 1000), ("_count", labels, count))
 
 

@@ -265,10 +265,9 @@ CREATE TABLE htm_metrics (
   PRIMARY KEY (level, starts_at, task_type, domain, imported)
 ) STRICT;
 
--- How long completed runs took: a histogram for each row of htm_metrics, in buckets that are 4 % wide.
+-- How long completed runs took: a histogram for each hour's and day's row of htm_metrics, in buckets that are 4 % wide.
 CREATE TABLE htm_durations (
-  level     TEXT NOT NULL CONSTRAINT durations_level CHECK
-                 (level = 'hour' OR level = 'day' OR level = 'ever' OR level = 'hour_domain' OR level = 'hour_all' OR level = 'day_all'),
+  level     TEXT NOT NULL CONSTRAINT durations_level CHECK (level = 'hour' OR level = 'day'),
   starts_at INTEGER NOT NULL,
   task_type TEXT NOT NULL,
   domain    TEXT NOT NULL,
@@ -276,6 +275,19 @@ CREATE TABLE htm_durations (
   bucket    INTEGER NOT NULL,                     -- the whole part of log(ms) / log(1.04); -1 for 0 ms
   n         INTEGER NOT NULL,
   PRIMARY KEY (level, starts_at, task_type, domain, imported, bucket)
+) STRICT;
+
+-- The same for the coarser levels, which change once an hour and are read whole: one row each, imported runs left out.
+CREATE TABLE htm_histograms (
+  level     TEXT NOT NULL CONSTRAINT histograms_level CHECK
+                 (level = 'ever' OR level = 'day_kind' OR level = 'day_all' OR level = 'hour_domain' OR level = 'hour_all'),
+  starts_at INTEGER NOT NULL,
+  task_type TEXT NOT NULL,                        -- empty but for ever and day_kind
+  domain    TEXT NOT NULL,                        -- empty but for hour_domain
+  histogram TEXT NOT NULL CONSTRAINT histograms_histogram CHECK (json_valid(histogram)), -- [[bucket, runs], …], ascending
+  runs      INTEGER NOT NULL,                     -- their sum
+  longest   INTEGER NOT NULL,                     -- the last bucket
+  PRIMARY KEY (level, starts_at, task_type, domain)
 ) STRICT;
 
 -- What is out of the ordinary about the outcomes of each hour, by kind of task and domain, imported runs included: reasons of failures, stated
@@ -500,7 +512,7 @@ CREATE UNIQUE INDEX attempt_open_once ON htm_task_attempts (task_id) WHERE finis
 CREATE INDEX attempt_open_of_worker ON htm_task_attempts (worker_id) WHERE finished_at IS NULL;
 CREATE INDEX attempt_lease ON htm_task_attempts (lease_expires_at) WHERE finished_at IS NULL AND lease_ms IS NOT NULL;
 CREATE INDEX dependency_of_intent ON task_dependencies (intent_id);
-CREATE INDEX outcome_of_handler ON outcome_records (handler, created_at);
+CREATE INDEX outcome_of_handler ON outcome_records (handler, created_at, execution_time);
 CREATE INDEX event_recovered ON events (created_at) WHERE topic = 'htm.task.recovered';
 CREATE INDEX event_subject ON events (subject, seq) WHERE subject IS NOT NULL;
 CREATE UNIQUE INDEX intent_key ON intent_records (idempotency_key) WHERE idempotency_key IS NOT NULL;

@@ -299,9 +299,10 @@ def statistics_in_process(rig: r.Rig) -> list[Result]:
         measures["health"] = lambda store=store: r.median([r.timed(lambda: g.health_document(store)) for _ in range(20)])
         measures["metrics"] = lambda store=store: r.median([r.timed(lambda: g.prometheus_text(store, g.DAY)) for _ in range(5)])
         measures["hourly"] = lambda store=store: r.median([r.timed(lambda: g.hourly_documents(store, 24)) for _ in range(5)])
+        measures["slow"] = lambda store=store: r.median([r.timed(lambda: g.slow_document(store, g.DAY, 10)) for _ in range(5)])
         times = {name: r.median(values) for name, values in r.interleaved(rig.rounds, f"stats, {n:,} {kind}", measures).items()}
         values = {"ms": 1000 * times["1d"], "ms_30d": 1000 * times["30d"], "ms_90d": 1000 * times["90d"], "health_ms": 1000 * times["health"],
-                  "metrics_ms": 1000 * times["metrics"], "hourly_ms": 1000 * times["hourly"]}  # fmt: skip
+                  "metrics_ms": 1000 * times["metrics"], "hourly_ms": 1000 * times["hourly"], "slow_ms": 1000 * times["slow"]}  # fmt: skip
         errors = {name: percentile_error(rig, store, window) for name, window in windows.items()} if kind == "finished" else {}
         values.update({f"percentile_error_{name}": error for name, error in errors.items()})
         store.close()

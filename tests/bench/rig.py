@@ -323,7 +323,7 @@ class Rig:
             store.con.execute(trigger["sql"])
         hour = self.g.clock() // self.g.HOUR * self.g.HOUR
         store.write(lambda tx: tx.run(self.g.SET_FOLDED_UNTIL, at=hour))
-        say(f"  counted anew in {timed(lambda: store.write(self.g.recount)):.1f} s")
+        say(f"  counted anew in {timed(lambda: store.write(self.g.recount_all)):.1f} s")
 
     def _insert_finished(self, tx: Any, chance: random.Random, first: int, n: int, total: int) -> None:
         """Busy at noon, quiet at night; each handler has a span of its own, with a long tail."""
@@ -341,6 +341,10 @@ class Rig:
             max_attempts, attempt_number, updated_at, updated_by)
           VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?6, ?6, ?6, 3600000, ?6 + 3600000, ?7, ?6 + 3600000 - ?8, ?8, ?8 - ?9, ?9, ?10, ?9 + ?10, 'a goal of the bench',
             '{"context":{"folder":"/srv/in"}}', 'normal', 0.8, 2.0, 3, 1, ?8, 'bench')""", rows)  # fmt: skip
+        tx.many("""INSERT INTO outcome_records (task_id, action_type, handler, domain, success, execution_time, context, created_at)
+          SELECT ?1, 'intent_' || ?3, ?2, ?3, ?5 = 'completed', ?9 / 1000.0, CASE ?5 WHEN 'completed' THEN '{"status":"completed","goal":"a goal of the bench"}'
+            ELSE '{"status":"' || ?5 || '","reason":"' || ?5 || '","goal":"a goal of the bench"}' END, ?8""",
+            [(*row[:5], None, None, row[7], row[8]) for row in rows])  # fmt: skip
 
     def start_tasks(self, tx: Any, slas: list[int]) -> list[dict[str, Any]]:
         """Submit a task for each SLA and have it running in the same transaction, so that only its ladder is left to a daemon."""
