@@ -5244,6 +5244,7 @@ def spawn_rescue(tx: Tx, task: Row) -> str | None:
 # every few seconds can afford to read. `recount` makes all of it again from the tasks.
 
 LOG_BUCKET = math.log(1.04)
+ENDED = ("completed", "failed", "timed_out", "cancelled")
 METRIC_SUMS = ("completed", "failed", "timed_out", "cancelled", "sla_met", "sla_missed", "retried", "runs", "queue_ms", "execution_ms",
                "total_ms", "buffers", "buffer_ms")  # fmt: skip
 ADD_METRICS = f"""INSERT INTO htm_metrics (level, starts_at, task_type, domain, imported, {', '.join(METRIC_SUMS)})
@@ -5271,6 +5272,7 @@ def bucket_of(ms: int) -> int:
     return int(math.log(ms) / LOG_BUCKET) if ms > 0 else -1
 
 
+@functools.cache
 def bucket_middle(bucket: int) -> float:
     """The duration (ms) that stands for a bucket: of the whole numbers in it, the geometric mean of the least and the greatest."""
     if bucket < 0:
@@ -5342,18 +5344,26 @@ def add_histogram(tx: Tx, key: tuple[str, int, str, str], more: dict[int, int]) 
     """Add counts by bucket to a histogram that is kept in one row."""
     which = dict(zip(("level", "starts_at", "task_type", "domain"), key, strict=True))
     found = tx.value(HISTOGRAM_OF, **which)
-    merged = merge([json.loads(found) if found else [], more.items()])
+    merged = merge([found] if found else [], more.items())
     if merged:
-        tx.run(SET_HISTOGRAM, **which, histogram=to_json(merged), runs=sum(n for _, n in merged), longest=merged[-1][0])
+        first, last = merged[0][0], merged[-1][0]
+        counts = [0] * (last - first + 1)
+        for bucket, n in merged:
+            counts[bucket - first] = n
+        tx.run(SET_HISTOGRAM, **which, histogram=to_json([first, *counts]), runs=sum(counts), longest=last)
 
 
-def merge(histograms: Iterable[Iterable[tuple[int, int]]]) -> Histogram:
-    """The sum of histograms."""
-    counts: dict[int, int] = {}
-    for histogram in histograms:
-        for bucket, n in histogram:
-            counts[bucket] = counts.get(bucket, 0) + n
-    return sorted(counts.items())
+def merge(rows: Iterable[str], more: Iterable[tuple[int, int]] = ()) -> Histogram:
+    """The sum of histograms that are kept in rows of their own, and of counts by bucket."""
+    found, new = [(first, counts) for first, *counts in map(json.loads, rows)], list(more)
+    low = min([*(first for first, _ in found), *(bucket for bucket, _ in new)], default=0)
+    sums = [0] * (max([*(first + len(counts) for first, counts in found), *(bucket + 1 for bucket, _ in new)], default=low) - low)
+    for first, counts in found:
+        span = slice(first - low, first - low + len(counts))
+        sums[span] = map(operator.add, sums[span], counts)
+    for bucket, n in new:
+        sums[bucket - low] += n
+    return [(bucket, n) for bucket, n in enumerate(sums, low) if n]
 
 
 def fold_hours(tx: Tx, hour: int) -> int:
@@ -5411,18 +5421,27 @@ def window_bounds(reader: Reader, since: int) -> dict[str, int]:
 
 def window_histogram(reader: Reader, bounds: dict[str, int]) -> Histogram:
     """How long what completed within the bounds took."""
-    new = reader.all(NEW_DURATIONS, folded=bounds["folded"])
-    return merge([*(json.loads(row["histogram"]) for row in reader.all(WINDOW_HISTOGRAMS, **bounds)), [(row["bucket"], row["n"]) for row in new]])
+    rows, new = reader.all(WINDOW_HISTOGRAMS, **bounds), reader.all(NEW_DURATIONS, folded=bounds["folded"])
+    return merge([row["histogram"] for row in rows], [(row["bucket"], row["n"]) for row in new])
 
 
 def percentile(histogram: Histogram, part: float) -> float | None:
     """The nearest-rank percentile (ms, within 2 %); None where nothing was counted."""
-    rank = math.ceil(part * sum(n for _, n in histogram) - 1e-9)
-    for bucket, n in histogram:
-        rank -= n
-        if rank <= 0 and n:
-            return bucket_middle(bucket)
-    return None
+    at = rank_of([n for _, n in histogram], part)
+    return None if at is None else bucket_middle(histogram[at][0])
+
+
+def rank_of(counts: list[int], part: float) -> int | None:
+    """Which of the counts that part of their sum lies in, by nearest rank; None where nothing was counted."""
+    running = list(itertools.accumulate(counts))
+    return bisect_left(running, max(1, math.ceil(part * running[-1] - 1e-9))) if running and running[-1] else None
+
+
+def percentile_of_row(row: str, part: float) -> float | None:
+    """The same of a histogram that is kept in a row of its own."""
+    first, *counts = json.loads(row)
+    at = rank_of(counts, part)
+    return None if at is None else bucket_middle(first + at)
 
 
 def window_figures(reader: Reader, since: int) -> Row:
@@ -5447,11 +5466,13 @@ def part_of(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
-HOURLY_SUMS = f"""SELECT starts_at, domain, {', '.join(f'SUM({name}) AS {name}' for name in METRIC_SUMS)} FROM htm_metrics
-  WHERE (level = 'hour_domain' AND starts_at >= :since AND starts_at < :folded) OR (level = 'hour' AND imported = 0 AND starts_at >= :folded)
-  GROUP BY starts_at, domain ORDER BY starts_at, domain"""
+HOURLY_NAMES = ("completed", "failed", "timed_out", "cancelled", "sla_met", "sla_missed", "runs", "execution_ms")
+HOURLY_SUMS = f"""SELECT starts_at, domain, {', '.join(HOURLY_NAMES)} FROM htm_metrics
+  WHERE level = 'hour_domain' AND starts_at >= :since AND starts_at < :folded ORDER BY starts_at, domain"""
 HOURLY_HISTOGRAMS = """SELECT starts_at, domain, histogram FROM htm_histograms
   WHERE level = 'hour_domain' AND starts_at >= :since AND starts_at < :folded"""
+HOURLY_NEW_SUMS = f"""SELECT starts_at, domain, {', '.join(f'SUM({name}) AS {name}' for name in HOURLY_NAMES)} FROM htm_metrics
+  WHERE level = 'hour' AND imported = 0 AND starts_at >= :folded GROUP BY starts_at, domain ORDER BY starts_at, domain"""
 HOURLY_NEW = """SELECT starts_at, domain, bucket, SUM(n) AS n FROM htm_durations WHERE level = 'hour' AND imported = 0 AND starts_at >= :folded
   GROUP BY starts_at, domain, bucket ORDER BY starts_at, domain, bucket"""
 
@@ -5459,20 +5480,23 @@ HOURLY_NEW = """SELECT starts_at, domain, bucket, SUM(n) AS n FROM htm_durations
 def hourly_figures(reader: Reader, since: int) -> list[Row]:
     """What ended in each full hour (UTC) from `since` on, by domain; hours in which nothing did are left out."""
     folded = max(since, int(reader.value(FOLDED_UNTIL) or 0))
-    histograms: dict[tuple[int, str], Histogram] = {
-        (row["starts_at"], row["domain"]): json.loads(row["histogram"]) for row in reader.all(HOURLY_HISTOGRAMS, since=since, folded=folded)}  # fmt: skip
+    p95 = {(row["starts_at"], row["domain"]): percentile_of_row(row["histogram"], 0.95)
+           for row in reader.all(HOURLY_HISTOGRAMS, since=since, folded=folded)}  # fmt: skip
+    new: dict[tuple[int, str], Histogram] = {}
     for row in reader.all(HOURLY_NEW, folded=folded):
-        histograms.setdefault((row["starts_at"], row["domain"]), []).append((row["bucket"], row["n"]))
-    found = []
-    for row in reader.all(HOURLY_SUMS, since=since, folded=folded):
-        failed = row["failed"] + row["timed_out"]
-        found.append({
-            "starts_at": row["starts_at"], "domain": row["domain"], "total": row["completed"] + failed + row["cancelled"], "completed": row["completed"],
+        new.setdefault((row["starts_at"], row["domain"]), []).append((row["bucket"], row["n"]))
+    p95.update({key: percentile(histogram, 0.95) for key, histogram in new.items()})
+    sums = reader.all(HOURLY_SUMS, since=since, folded=folded) + reader.all(HOURLY_NEW_SUMS, folded=folded)
+    return [hour_document(row, p95.get((row["starts_at"], row["domain"]))) for row in sums if any(row[name] for name in ENDED)]
+
+
+def hour_document(row: Row, p95: float | None) -> Row:
+    """An hour's figures of a domain, from its sums."""
+    failed = row["failed"] + row["timed_out"]
+    return {"starts_at": row["starts_at"], "domain": row["domain"], "total": row["completed"] + failed + row["cancelled"], "completed": row["completed"],
             "failed": failed, "cancelled": row["cancelled"], "avg_execution_ms": part_of(row["execution_ms"], row["runs"]),
-            "p95_execution_ms": percentile(histograms.get((row["starts_at"], row["domain"]), []), 0.95),
-            "sla_compliance_rate": part_of(row["sla_met"], row["sla_met"] + row["sla_missed"]),
-            "success_rate": part_of(row["completed"], row["completed"] + failed)})  # fmt: skip
-    return [row for row in found if row["total"]]
+            "p95_execution_ms": p95, "sla_compliance_rate": part_of(row["sla_met"], row["sla_met"] + row["sla_missed"]),
+            "success_rate": part_of(row["completed"], row["completed"] + failed)}  # fmt: skip
 
 
 USUAL_DAYS = 7
@@ -5485,8 +5509,8 @@ USUAL_NEW = """SELECT bucket, SUM(n) AS n FROM htm_durations WHERE level = 'hour
 def usual_p95(reader: Reader, kind: str, now: int) -> float | None:
     """The p95 (ms) of what a kind of task took in the last week; None below ten runs."""
     new = reader.all(USUAL_NEW, kind=kind, folded=int(reader.value(FOLDED_UNTIL) or 0))
-    week = (json.loads(row["histogram"]) for row in reader.all(USUAL_HISTOGRAMS, kind=kind, day=now - now % DAY))
-    histogram = merge([*week, [(row["bucket"], row["n"]) for row in new]])
+    week = reader.all(USUAL_HISTOGRAMS, kind=kind, day=now - now % DAY)
+    histogram = merge([row["histogram"] for row in week], [(row["bucket"], row["n"]) for row in new])
     return percentile(histogram, 0.95) if sum(n for _, n in histogram) >= MIN_RUNS else None
 
 
@@ -5536,21 +5560,23 @@ def longer_tasks(reader: Reader, bounds: dict[str, int], bucket: int, n: int) ->
     return sorted(found, key=lambda row: (-row["execution_time_ms"], row["seq"]))[:n]
 
 
-EVER_SUMS = f"""SELECT task_type, domain, {', '.join(f'SUM({name}) AS {name}' for name in METRIC_SUMS)} FROM htm_metrics
-  WHERE imported = 0 AND (level = 'ever' OR (level = 'hour' AND starts_at >= :folded)) GROUP BY task_type, domain ORDER BY task_type, domain"""
+EVER_NAMES = ("completed", "failed", "timed_out", "cancelled", "execution_ms")
+EVER_SUMS = f"""SELECT task_type, domain, {', '.join(EVER_NAMES)} FROM htm_metrics WHERE level = 'ever' AND imported = 0
+  UNION ALL SELECT task_type, domain, {', '.join(f'SUM({name}) AS {name}' for name in EVER_NAMES)} FROM htm_metrics
+    WHERE level = 'hour' AND imported = 0 AND starts_at >= :folded GROUP BY task_type, domain"""
 EVER_HISTOGRAMS = "SELECT task_type, histogram FROM htm_histograms WHERE level = 'ever' ORDER BY task_type"
 EVER_NEW = """SELECT task_type, bucket, SUM(n) AS n FROM htm_durations WHERE level = 'hour' AND imported = 0 AND starts_at >= :folded
   GROUP BY task_type, bucket ORDER BY task_type, bucket"""
 
 
 def ever_figures(reader: Reader) -> tuple[list[Row], dict[str, Histogram]]:
-    """Of all time: the sums by kind and domain, and the histogram of each kind. They only ever grow, whatever retention takes away."""
+    """Of all time: sums by kind and domain, the newest by themselves, and the histogram of each kind. They only ever grow, whatever retention takes away."""
     folded = int(reader.value(FOLDED_UNTIL) or 0)
-    histograms: dict[str, Histogram] = {row["task_type"]: json.loads(row["histogram"]) for row in reader.all(EVER_HISTOGRAMS)}
+    rows = {row["task_type"]: [row["histogram"]] for row in reader.all(EVER_HISTOGRAMS)}
     new: dict[str, Histogram] = {}
     for row in reader.all(EVER_NEW, folded=folded):
         new.setdefault(row["task_type"], []).append((row["bucket"], row["n"]))
-    histograms.update({kind: merge([histograms.get(kind, []), more]) for kind, more in new.items()})
+    histograms = {kind: merge(rows.get(kind, []), new.get(kind, [])) for kind in {**rows, **new}}
     return reader.all(EVER_SUMS, folded=folded), histograms
 
 
@@ -5624,11 +5650,10 @@ COUNTED = ("task_counts", "htm_metrics", "htm_durations", "htm_histograms", "cou
 KIND_OF_ROW = ("level", "starts_at", "task_type", "domain", "imported")
 ROWS_COUNTED = {"task_counts": (("handler", "status", "priority", "level"), ("n",)), "htm_metrics": (KIND_OF_ROW, METRIC_SUMS),
                 "htm_durations": ((*KIND_OF_ROW, "bucket"), ("n",)), "htm_histograms": (KIND_OF_ROW[:4], ("histogram", "runs", "longest"))}  # fmt: skip
-ENDED = "completed + failed + timed_out + cancelled"
 KEEP_HOURS = f"""SELECT o.starts_at, o.task_type, o.domain, o.imported FROM old_htm_metrics o LEFT JOIN htm_metrics m ON m.level = 'hour'
     AND m.starts_at = o.starts_at AND m.task_type = o.task_type AND m.domain = o.domain AND m.imported = o.imported
   WHERE o.level = 'hour' AND ((o.imported = 0 AND :tasks = 1) OR (o.imported = 1 AND :outcomes = 1))
-    AND {' + '.join(f'o.{name}' for name in ENDED.split(' + '))} > COALESCE({' + '.join(f'm.{name}' for name in ENDED.split(' + '))}, 0)"""
+    AND {' + '.join(f'o.{name}' for name in ENDED)} > COALESCE({' + '.join(f'm.{name}' for name in ENDED)}, 0)"""
 SAME_HOUR = "level = 'hour' AND starts_at = :starts_at AND task_type = :task_type AND domain = :domain AND imported = :imported"
 KEEP_ENDED = """INSERT INTO task_counts (handler, status, priority, level, n) SELECT handler, status, priority, level, n FROM old_task_counts
   WHERE status IN ('completed', 'failed', 'timeout', 'cancelled')
@@ -10260,8 +10285,10 @@ def ever_families(reader: Reader) -> Iterator[tuple[str, str, str, list[Sample]]
     handlers = [row["name"] for row in reader.all(LIST_HANDLERS)]
     kinds = [*handlers, *(kind for kind in ("command", "rescue") if kind not in handlers)]
     by_domain: dict[str, int] = {}
+    took: dict[str, int] = {}
     for row in rows:
-        by_domain[row["domain"]] = by_domain.get(row["domain"], 0) + sum(row[name] for name in ENDED.split(" + "))
+        by_domain[row["domain"]] = by_domain.get(row["domain"], 0) + sum(row[name] for name in ENDED)
+        took[row["task_type"]] = took.get(row["task_type"], 0) + row["execution_ms"]
     domains = sorted(sorted(by_domain, key=lambda name: (-by_domain[name], name))[:MOST_DOMAINS])
     whole: dict[int, int] = {}
     for bucket, n in (pair for one in histograms.values() for pair in one):
@@ -10274,10 +10301,10 @@ def ever_families(reader: Reader) -> Iterator[tuple[str, str, str, list[Sample]]
     yield "grace_handler_tasks", "gauge", "Open tasks, by handler.", [
         ("", {"handler": row["handler"], "status": row["status"]}, row["n"]) for row in reader.all(OPEN_OF_HANDLERS) if row["handler"] in handlers]  # fmt: skip
     yield "grace_execution_seconds", "histogram", "How long completed tasks ran.", list(
-        histogram_samples({}, sorted(whole.items()), sum(row["execution_ms"] for row in rows)))  # fmt: skip
+        histogram_samples({}, sorted(whole.items()), sum(took.values())))  # fmt: skip
     yield "grace_handler_execution_seconds", "histogram", "How long completed tasks ran, by handler.", [
         sample for kind in kinds if kind in histograms for sample in
-        histogram_samples({"handler": kind}, histograms[kind], sum(row["execution_ms"] for row in rows if row["task_type"] == kind))]  # fmt: skip
+        histogram_samples({"handler": kind}, histograms[kind], took[kind])]  # fmt: skip
 
 
 def prometheus_text(store: Store, window: int) -> str:

@@ -284,7 +284,7 @@ CREATE TABLE htm_histograms (
   starts_at INTEGER NOT NULL,
   task_type TEXT NOT NULL,                        -- empty but for ever and day_kind
   domain    TEXT NOT NULL,                        -- empty but for hour_domain
-  histogram TEXT NOT NULL CONSTRAINT histograms_histogram CHECK (json_valid(histogram)), -- [[bucket, runs], …], ascending
+  histogram TEXT NOT NULL CONSTRAINT histograms_histogram CHECK (json_valid(histogram)), -- [bucket, runs in it, in the next, …]
   runs      INTEGER NOT NULL,                     -- their sum
   longest   INTEGER NOT NULL,                     -- the last bucket
   PRIMARY KEY (level, starts_at, task_type, domain)

@@ -195,7 +195,7 @@ def damage(store: Any, chance: random.Random) -> None:
         for table, key in (("htm_metrics", "completed"), ("htm_durations", "n"), ("htm_histograms", "runs"), ("task_counts", "n"), ("outcome_tallies", "n")):
             tx.run(f"UPDATE {table} SET {key} = {key} + 3 WHERE rowid % 3 = {chance.randrange(3)}")
             tx.run(f"DELETE FROM {table} WHERE rowid % 4 = {chance.randrange(4)}")
-        tx.run(f"UPDATE htm_histograms SET histogram = '[[3, 7]]', longest = 3 WHERE rowid % 5 = {chance.randrange(5)}")
+        tx.run(f"UPDATE htm_histograms SET histogram = '[3, 7]', longest = 3 WHERE rowid % 5 = {chance.randrange(5)}")
         tx.run("UPDATE counters SET value = value + 5 WHERE name IN ('sla_met', 'warnings_issued', 'sub_agents_spawned')")
         tx.run("DELETE FROM counters WHERE name IN ('sla_missed', 'tasks_recovered')")
         tx.run("INSERT INTO task_counts VALUES ('nobody', 'running', 'low', 0, 9)")

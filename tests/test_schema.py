@@ -205,7 +205,7 @@ CHECKS = {
     "metrics_imported": METRICS.format(level="day", imported=2),
     "durations_level": "INSERT INTO htm_durations (level, starts_at, task_type, domain, imported, bucket, n) VALUES ('week', 0, '', '', 0, 1, 1)",
     "durations_imported": "INSERT INTO htm_durations (level, starts_at, task_type, domain, imported, bucket, n) VALUES ('day', 0, '', '', 2, 1, 1)",
-    "histograms_level": "INSERT INTO htm_histograms VALUES ('day', 0, '', '', '[[1, 1]]', 1, 1)",
+    "histograms_level": "INSERT INTO htm_histograms VALUES ('day', 0, '', '', '[1, 1]', 1, 1)",
     "histograms_histogram": "INSERT INTO htm_histograms VALUES ('ever', 0, 'work', '', '[[', 1, 1)",
     "tally_kind": "INSERT INTO outcome_tallies VALUES (0, 'work', 'd', 'mood', 'good', 1, 1, 1, 1)",
     "suspension_length": "INSERT INTO suspensions (woke_at, asleep_ms) VALUES (1, 0)",
