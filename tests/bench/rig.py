@@ -330,7 +330,8 @@ class Rig:
         day, rows = self.g.DAY, []
         for number in range(first, first + n):
             kind, at = chance.randrange(20), tx.now - 90 * day + 90 * day * number // total
-            at = min(tx.now, at - at % day + int(day * chance.triangular(0, 1, 0.55)))
+            at += -(at % day) + int(day * chance.triangular(0, 1, 0.55))
+            at = at if at <= tx.now else chance.randrange(tx.now - tx.now % day, tx.now + 1)  # of today, what has been
             status = ("completed", "failed", "cancelled", "timeout")[chance.choices(range(4), (90, 6, 3, 1))[0]]
             ms, waited = int(chance.lognormvariate(5 + kind / 3, 1.2)), int(chance.expovariate(1 / 3000))
             met = None if status == "cancelled" else int(status == "completed" and waited + ms < 3_600_000)
