@@ -5245,8 +5245,7 @@ def spawn_rescue(tx: Tx, task: Row) -> str | None:
 
 LOG_BUCKET = math.log(1.04)
 ENDED = ("completed", "failed", "timed_out", "cancelled")
-METRIC_SUMS = ("completed", "failed", "timed_out", "cancelled", "sla_met", "sla_missed", "retried", "runs", "queue_ms", "execution_ms",
-               "total_ms", "buffers", "buffer_ms")  # fmt: skip
+METRIC_SUMS = (*ENDED, "sla_met", "sla_missed", "retried", "runs", "queue_ms", "execution_ms", "total_ms", "buffers", "buffer_ms")
 ADD_METRICS = f"""INSERT INTO htm_metrics (level, starts_at, task_type, domain, imported, {', '.join(METRIC_SUMS)})
   VALUES (:level, :starts_at, :task_type, :domain, :imported, {', '.join(f':{name}' for name in METRIC_SUMS)})
   ON CONFLICT (level, starts_at, task_type, domain, imported)
@@ -5344,7 +5343,7 @@ def add_histogram(tx: Tx, key: tuple[str, int, str, str], more: dict[int, int]) 
     """Add counts by bucket to a histogram that is kept in one row."""
     which = dict(zip(("level", "starts_at", "task_type", "domain"), key, strict=True))
     found = tx.value(HISTOGRAM_OF, **which)
-    merged = merge([found] if found else [], more.items())
+    merged = merge_histograms([found] if found else [], more.items())
     if merged:
         first, last = merged[0][0], merged[-1][0]
         counts = [0] * (last - first + 1)
@@ -5353,7 +5352,7 @@ def add_histogram(tx: Tx, key: tuple[str, int, str, str], more: dict[int, int]) 
         tx.run(SET_HISTOGRAM, **which, histogram=to_json([first, *counts]), runs=sum(counts), longest=last)
 
 
-def merge(rows: Iterable[str], more: Iterable[tuple[int, int]] = ()) -> Histogram:
+def merge_histograms(rows: Iterable[str], more: Iterable[tuple[int, int]] = ()) -> Histogram:
     """The sum of histograms that are kept in rows of their own, and of counts by bucket."""
     found, new = [(first, counts) for first, *counts in map(json.loads, rows)], list(more)
     low = min([*(first for first, _ in found), *(bucket for bucket, _ in new)], default=0)
@@ -5422,7 +5421,7 @@ def window_bounds(reader: Reader, since: int) -> dict[str, int]:
 def window_histogram(reader: Reader, bounds: dict[str, int]) -> Histogram:
     """How long what completed within the bounds took."""
     rows, new = reader.all(WINDOW_HISTOGRAMS, **bounds), reader.all(NEW_DURATIONS, folded=bounds["folded"])
-    return merge([row["histogram"] for row in rows], [(row["bucket"], row["n"]) for row in new])
+    return merge_histograms([row["histogram"] for row in rows], [(row["bucket"], row["n"]) for row in new])
 
 
 def percentile(histogram: Histogram, part: float) -> float | None:
@@ -5466,7 +5465,7 @@ def part_of(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
-HOURLY_NAMES = ("completed", "failed", "timed_out", "cancelled", "sla_met", "sla_missed", "runs", "execution_ms")
+HOURLY_NAMES = (*ENDED, "sla_met", "sla_missed", "runs", "execution_ms")
 HOURLY_SUMS = f"""SELECT starts_at, domain, {', '.join(HOURLY_NAMES)} FROM htm_metrics
   WHERE level = 'hour_domain' AND starts_at >= :since AND starts_at < :folded ORDER BY starts_at, domain"""
 HOURLY_HISTOGRAMS = """SELECT starts_at, domain, histogram FROM htm_histograms
@@ -5510,7 +5509,7 @@ def usual_p95(reader: Reader, kind: str, now: int) -> float | None:
     """The p95 (ms) of what a kind of task took in the last week; None below ten runs."""
     new = reader.all(USUAL_NEW, kind=kind, folded=int(reader.value(FOLDED_UNTIL) or 0))
     week = reader.all(USUAL_HISTOGRAMS, kind=kind, day=now - now % DAY)
-    histogram = merge([row["histogram"] for row in week], [(row["bucket"], row["n"]) for row in new])
+    histogram = merge_histograms([row["histogram"] for row in week], [(row["bucket"], row["n"]) for row in new])
     return percentile(histogram, 0.95) if sum(n for _, n in histogram) >= MIN_RUNS else None
 
 
@@ -5560,7 +5559,7 @@ def longer_tasks(reader: Reader, bounds: dict[str, int], bucket: int, n: int) ->
     return sorted(found, key=lambda row: (-row["execution_time_ms"], row["seq"]))[:n]
 
 
-EVER_NAMES = ("completed", "failed", "timed_out", "cancelled", "execution_ms")
+EVER_NAMES = (*ENDED, "execution_ms")
 EVER_SUMS = f"""SELECT task_type, domain, {', '.join(EVER_NAMES)} FROM htm_metrics WHERE level = 'ever' AND imported = 0
   UNION ALL SELECT task_type, domain, {', '.join(f'SUM({name}) AS {name}' for name in EVER_NAMES)} FROM htm_metrics
     WHERE level = 'hour' AND imported = 0 AND starts_at >= :folded GROUP BY task_type, domain"""
@@ -5576,7 +5575,7 @@ def ever_figures(reader: Reader) -> tuple[list[Row], dict[str, Histogram]]:
     new: dict[str, Histogram] = {}
     for row in reader.all(EVER_NEW, folded=folded):
         new.setdefault(row["task_type"], []).append((row["bucket"], row["n"]))
-    histograms = {kind: merge(rows.get(kind, []), new.get(kind, [])) for kind in {**rows, **new}}
+    histograms = {kind: merge_histograms(rows.get(kind, []), new.get(kind, [])) for kind in {**rows, **new}}
     return reader.all(EVER_SUMS, folded=folded), histograms
 
 
