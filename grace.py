@@ -6354,6 +6354,9 @@ COMPLETED_OF = "SELECT COALESCE(SUM(n), 0) AS n FROM task_counts WHERE handler =
 DURATIONS_OF = """WITH RECURSIVE spans (at) AS (SELECT :newest UNION ALL SELECT at - :span FROM spans WHERE at > :oldest)
   SELECT s.at, d.bucket, SUM(d.n) AS n FROM spans s CROSS JOIN htm_durations d -- CROSS so that each span is found by the key
   WHERE d.level = :level AND d.starts_at = s.at AND d.task_type = :kind GROUP BY s.at, d.bucket ORDER BY s.at DESC, d.bucket"""
+CORRECTIONS_OF = f"""WITH RECURSIVE hours (at) AS (SELECT :newest UNION ALL SELECT at - {HOUR} FROM hours WHERE at > :oldest)
+  SELECT h.at - h.at % :span AS at, CAST(c.word AS INTEGER) AS bucket, SUM(c.n) AS n FROM hours h CROSS JOIN outcome_tallies c
+  WHERE c.starts_at = h.at AND c.task_type = :kind AND c.kind = 'duration' GROUP BY h.at - h.at % :span, c.word"""
 KEEP_DURATIONS = """INSERT INTO handler_forecasts (handler, runs, mean_ms, sd_ms, p50_ms, p90_ms, p95_ms, histogram, completed, made_at)
   VALUES (:handler, :runs, :mean_ms, :sd_ms, :p50_ms, :p90_ms, :p95_ms, :histogram, :completed, :made_at)
   ON CONFLICT (handler) DO UPDATE SET runs = excluded.runs, mean_ms = excluded.mean_ms, sd_ms = excluded.sd_ms, p50_ms = excluded.p50_ms,
@@ -6403,21 +6406,33 @@ def learned_durations(reader: Reader, handler: str, now: int) -> Row:
 
 
 def recent_durations(reader: Reader, kind: str, now: int) -> list[tuple[int, int]]:
-    """The histogram of the newest runs of a kind of task: about two hundred of the last week, or where that has hardly any, of ninety days."""
+    """The histogram of the newest runs of a kind of task: about two hundred of the last week, or where that has hardly any, of ninety days.
+
+    Runs that were interrupted are left out, and what the machine slept is taken off."""
     hour, day = now - now % HOUR, now - now % DAY
-    rows = reader.all(DURATIONS_OF, level="hour", span=HOUR, newest=hour + DAY, oldest=hour - LOOK_BACK, kind=kind)  # a day more: clocks step back
+    rows = corrected_durations(reader, kind, "hour", hour + DAY, hour - LOOK_BACK)  # a day more: clocks step back
     if sum(row["n"] for row in rows) < MIN_RUNS:
         folded = int(reader.value(FOLDED_UNTIL) or 0)
-        days = reader.all(DURATIONS_OF, level="day", span=DAY, newest=day + DAY, oldest=day - LOOK_FAR_BACK, kind=kind)
-        rows = [row for row in rows if row["at"] >= folded] + days
+        rows = [row for row in rows if row["at"] >= folded]
+        if day - LOOK_FAR_BACK <= folded < hour - LOOK_BACK:  # nothing has ended since that hour, which is in no day yet
+            rows += corrected_durations(reader, kind, "hour", folded, folded)
+        rows += corrected_durations(reader, kind, "day", day + DAY, day - LOOK_FAR_BACK, folded)
     histogram: dict[int, int] = {}
     last = None
-    for row in rows:
+    for row in sorted(rows, key=lambda row: -int(row["at"])):
         if row["at"] != last and sum(histogram.values()) >= ENOUGH_RUNS:
             break
         last = row["at"]
         histogram[row["bucket"]] = histogram.get(row["bucket"], 0) + row["n"]
-    return sorted(histogram.items())
+    return sorted((bucket, n) for bucket, n in histogram.items() if n > 0)
+
+
+def corrected_durations(reader: Reader, kind: str, level: str, newest: int, oldest: int, until: int = MAX_INSTANT) -> list[Row]:
+    """Runs of each hour or day by bucket, with what is to be taken away again; of days only the hours before `until` are in them."""
+    span = HOUR if level == "hour" else DAY
+    last_hour = min(newest + span, until) - HOUR
+    return (reader.all(DURATIONS_OF, level=level, span=span, newest=newest, oldest=oldest, kind=kind)
+            + reader.all(CORRECTIONS_OF, span=span, newest=last_hour - last_hour % HOUR, oldest=oldest, kind=kind))  # fmt: skip
 
 
 def summed_up(histogram: list[tuple[int, int]]) -> Row:

@@ -183,8 +183,8 @@ class Past:
     def __init__(self, place: Place, module: Any):
         self.place, self.module = place, module
 
-    def run(self, name: str, ms: int, n: int = 12, ago: int = 0) -> None:
-        """n completed runs of a handler, each so long, the last of which ended that long ago."""
+    def run(self, name: str, ms: int, n: int = 12, ago: int = 0, asleep: int = 0, lost: bool = False) -> None:
+        """n completed runs of a handler, each so long, the last of which ended that long ago; during which the machine slept, or after a lost start."""
         def work(tx: Any) -> None:
             real = tx.now
             for _ in range(n):
@@ -192,9 +192,16 @@ class Past:
                 task_id = self.module.submit(tx, [{"goal": "the past", "handler": name, "line": 1}])[0]["task_id"]
                 tx.flush()
                 tx._tallies.clear()
+                if lost:
+                    taken = self.module.take(tx, task_id, "past")
+                    self.module.start(tx, taken, os.getpid(), None, None)
+                    tx.now += 10
+                    self.module.end_attempt(tx, task_id, taken["attempt_id"], {"outcome": "interrupted", "ended_by": "exit"})
                 taken = self.module.take(tx, task_id, "past")
                 self.module.start(tx, taken, os.getpid(), None, None)
                 tx.now = real - ago
+                if asleep:
+                    tx.run(self.module.NOTE_SLEEP, now=tx.now - 1, asleep=asleep)
                 self.module.end_attempt(tx, task_id, taken["attempt_id"], {"outcome": "completed", "ended_by": "exit"})
             tx.now = real
 
@@ -241,6 +248,18 @@ def test_what_was_learned_survives_steps_of_the_clock(place: Place, past: Past) 
     assert back["runs"] == 12 and back["p50_ms"] == pytest.approx(1000, rel=0.02)
     assert past.learned("work", later=-30 * 86_400_000)["runs"] == 0
     assert past.learned("work")["runs"] == 12
+
+
+@pytest.mark.parametrize("days", [0, 30])
+def test_runs_during_which_the_machine_slept_or_that_were_lost_teach_what_is_right(place: Place, past: Past, days: int) -> None:
+    """Of a run of eight hours asleep only its time awake counts, one that had been interrupted not at all; of last month too."""
+    shell(place, "work", "true")
+    ago = days * 86_400_000
+    past.run("work", 28_800_100, 1, ago=ago + 3_600_000, asleep=28_800_000)
+    past.run("work", 100, 11, ago=ago)
+    past.run("work", 50_000, 3, ago=ago, lost=True)
+    seen = past.learned("work")
+    assert seen["runs"] == 12 and seen["mean_ms"] == pytest.approx(100, rel=0.02) and seen["p95_ms"] == pytest.approx(100, rel=0.02)
 
 
 # ---- what people and programs are told
