@@ -6460,20 +6460,20 @@ def remaining_ms(histogram: list[tuple[int, int]], elapsed: int, part: float = 0
 # ---- the world as it is: slots, running work, handlers
 
 
-def gather(reader: Reader, now: int, own: str | None = None, learned: Row | None = None) -> Row:
+def gather(reader: Reader, now: int, own: Iterable[str] = (), learned: dict[str, Row] | None = None) -> Row:
     """All that a forecast rests on but the queue itself: handlers, their live counts, slots, and running work with what is left of it.
 
-    `own` names a handler that is asked about, whether any of its tasks are counted or not; `learned` is what is known of it."""
+    `own` are handlers that are asked about, whether any of their tasks are counted or not; `learned` is what is known of some already."""
     world: Row = {"now": now, "handlers": {}, "learned": {}, "counts": {}, "serving": {}, "unlearned": set(), "unknown_ms": math.inf,
                   "age_every": setting(reader, "queue.age_every")}  # fmt: skip
     for row in reader.all(HANDLERS_AND_COUNTS):
         world["handlers"][row["name"]] = row
         if row["n"]:
             world["counts"].setdefault(row["name"], {})[row["priority"]] = row["n"]
-    if own is not None:
-        world["counts"].setdefault(own, {})
-    if learned is not None:
-        world["learned"][own] = {**learned, "enough": says_enough(learned)}
+    for name in own:
+        world["counts"].setdefault(name, {})
+    for name, figures in (learned or {}).items():
+        world["learned"][name] = {**figures, "enough": says_enough(figures)}
     for name in world["counts"]:
         learn_of(reader, world, name)
     add_active(reader, world)
@@ -6984,6 +6984,11 @@ def advice_for(reader: Reader, world: Row, line: list[Row], task: Row, finish: i
                 if tried[-1]["saves"]:
                     break
         best += [min(tried, key=lambda one: one["predicted_finish_at"])] if tried else []
+    return chosen_advice(best, task, finish)
+
+
+def chosen_advice(best: list[Row], task: Row, finish: int | None) -> list[Row]:
+    """Of the best of each kind those that save a task; else the very best, with the SLA that would be met."""
     saving = [one for one in best if one["saves"]]
     if saving or finish is None:
         return saving or best
@@ -7021,9 +7026,14 @@ def ways_out(world: Row, task: Row) -> Iterator[tuple[str, Iterator[Way]]]:
                        for rank, word in ((1, "high"), (0, "critical")) if rank < task["rank"])  # fmt: skip
     yield "workers", ((several_workers(n, bool(handler["external"])), more_workers(world, name, n), task) for n in WAYS)
     if handler["concurrency"] is not None:
-        yield "concurrency", ((f"--concurrency {handler['concurrency'] + n} for {name}",
-                               {**world, "handlers": {**world["handlers"], name: {**handler, "concurrency": handler["concurrency"] + n}}}, task)
-                              for n in WAYS)  # fmt: skip
+        yield "concurrency", ((*more_places(world, name, n), task) for n in WAYS)
+
+
+def more_places(world: Row, name: str, n: int) -> tuple[str, Row]:
+    """How a higher limit of a handler is said, and the world with it."""
+    handler = world["handlers"][name]
+    places = handler["concurrency"] + n
+    return f"--concurrency {places} for {name}", {**world, "handlers": {**world["handlers"], name: {**handler, "concurrency": places}}}
 
 
 def several_workers(n: int, external: bool) -> str:
@@ -7049,14 +7059,19 @@ def foretell(tx: Tx, task: Row, forecast: Row) -> bool:
     """Write that a task is going to miss its SLA, unless that was written before or is too late; whether it was."""
     if not may_be_foretold(task, tx.now) or not tx.run(FORETELL, task_id=task["task_id"], now=tx.now):
         return False
+    emit(tx, "htm.sla.forecast", task["task_id"], told_of(task, forecast))
+    return True
+
+
+def told_of(task: Row, forecast: Row) -> Row:
+    """The payload of the event of a miss to come."""
     basis, finish = forecast["basis"], forecast["finish_at"] or forecast["soonest_at"]
-    emit(tx, "htm.sla.forecast", task["task_id"], {
+    return {
         "task_id": task["task_id"], "intent_id": task["intent_id"], "task_type": task["task_type"], "handler": task["handler"],
         "domain": task["domain"], "predicted_start_at": forecast["start_at"], "predicted_finish_at": forecast["finish_at"],
         "sla_deadline": task["sla_deadline"], "sla_ms": task["sla_ms"], "overdue_ms": finish - task["sla_deadline"],
         "ahead": basis["ahead"], "workers": basis["slots"], "basis": basis, "advice": forecast["advice"],
-        "message": f"{task['goal'][:80]!r} {miss_sentence(task, forecast)}"})  # fmt: skip
-    return True
+        "message": f"{task['goal'][:80]!r} {miss_sentence(task, forecast)}"}  # fmt: skip
 
 
 def miss_sentence(task: Row, forecast: Row) -> str:
@@ -7096,11 +7111,11 @@ def advice_sentence(advice: list[Row]) -> str:
 
 def foresee_submission(tx: Tx, task: Row) -> Row:
     """What is foreseen of a task that has just been written; a miss is told at once, in the same transaction."""
-    learned = learned_durations(tx, task["handler"], tx.now) if task["handler"] is not None else None
+    learned = learned_durations(tx, task["handler"], tx.now) if task["handler"] is not None else {"runs": 0}
     if not says_enough(learned):
         return submission_forecast(None, None)
     task = {**task, "rank": PRIORITIES.index(task["priority"]), "seq": tx.value(LAST_TASK), "forecast_at": None, "started_at": None, "finished_at": None}
-    world = gather(tx, tx.now, task["handler"], learned)
+    world = gather(tx, tx.now, (task["handler"],), {task["handler"]: learned})
     forecast = foresee(tx, world, [], task, NEAR)
     if forecast["miss"]:
         near = sum(sum(counts.values()) for counts in world["counts"].values()) < NEAR
@@ -7122,6 +7137,262 @@ def submission_forecast(task: Row | None, forecast: Row | None) -> Row:
 def advice_document(advice: list[Row]) -> list[Row]:
     return [{**one, "predicted_finish_at": format_instant(one["predicted_finish_at"])} for one in advice]
 
+
+# ---- the lines of a batch
+# Nobody asks the store for each of them. What waits and what is new is walked through once in the order of claims, each taking the slot that is
+# free first, for the mean of its handler: what reckoned() says of one task, of all. Where tasks climb, the orders of the higher classes are walked as well.
+
+EXACTLY, PARTS = 200, 100  # so many of a class are placed where they stand; more are taken to lie evenly, in so many parts
+NOTHING_FORESEEN: Row = {"predicted_start_at": None, "predicted_finish_at": None, "predicted_miss": None, "advice": []}
+STANDING_IN_CLASS = """SELECT order_at FROM htm_tasks WHERE handler = :name AND status = 'queued' AND available_at IS NULL AND rank = :rank
+  AND seq <= :seq ORDER BY order_at, seq LIMIT :n"""
+LAST_IN_CLASS = """SELECT order_at FROM htm_tasks WHERE handler = :name AND status = 'queued' AND available_at IS NULL AND rank = :rank
+  AND seq <= :seq ORDER BY order_at DESC, seq DESC LIMIT 1"""
+FORETELL_LINES = """UPDATE htm_tasks SET forecast_at = :now WHERE seq >= :first AND seq <= :last AND forecast_at IS NULL AND escalation_level = 0
+  AND finished_at IS NULL"""
+Entry = tuple[int, int, int, str, int]  # class, place in it, number of the line (-1: it was there before), handler, how many
+
+
+FACTS = ("task_type", "handler", "domain", "priority", "order_at", "available_at", "queued_at", "sla_ms", "sla_deadline", "warn_at")
+facts_of = operator.itemgetter(*FACTS)  # of a task, what lines have in common that differ in their ids and their goal only
+BatchLine = tuple[Row, tuple[Any, ...], str, str, str | None]  # the document that is printed, the facts, goal, status, reason
+
+
+def foresee_batch(tx: Tx, lines: list[BatchLine]) -> None:
+    """Add to the document of each line what is foreseen of its task; misses are told, in the same transaction. `lines` are those that were written last.
+
+    The first miss gets its `warning`."""
+    learned = {name: learned_durations(tx, name, tx.now) for name in {facts[1] for _, facts, *_ in lines}}
+    if not any(says_enough(figures) for figures in learned.values()):
+        return
+    world, first = gather(tx, tx.now, learned, learned), int(tx.value(LAST_TASK)) - len(lines) + 1
+    batch = Batch(world, lines, list(standing_before(tx, world, first - 1)))
+    misses = {}
+    for number, forecast in batch.forecasts():
+        done = lines[number][0]
+        done["predicted_start_at"], done["predicted_finish_at"] = format_instant(forecast["start_at"]), format_instant(forecast["finish_at"])
+        done["predicted_miss"] = forecast["miss"]
+        if forecast["miss"]:
+            misses[number] = forecast
+    batch.advise(misses)
+    for number, forecast in misses.items():
+        lines[number][0].update(advice=advice_document(forecast["advice"]), **({"warning": miss_sentence(batch.task(number), forecast)}
+                                                                               if number == next(iter(misses)) else {}))  # fmt: skip
+    told = [number for number in misses if may_be_foretold(batch.tasks[number], tx.now)]
+    tx.insert(INSERT_EVENT, [{"topic": "htm.sla.forecast", "source": tx.actor, "subject": lines[number][0]["task_id"], "now": tx.now,
+                              "payload": to_json(told_of(batch.task(number), misses[number]))} for number in told])  # fmt: skip
+    for start, end in unbroken(told):
+        tx.run(FORETELL_LINES, first=first + start, last=first + end, now=tx.now)
+
+
+def unbroken(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """The first and the last of each unbroken row of ascending numbers."""
+    start = 0
+    for at, number in enumerate(numbers):
+        if number - numbers[start] != at - start:
+            yield numbers[start], numbers[at - 1]
+            start = at
+    if numbers:
+        yield numbers[start], numbers[-1]
+
+
+def standing_before(reader: Reader, world: Row, seq: int) -> Iterator[Entry]:
+    """What has waited before a batch came, whose first task follows `seq`."""
+    for name, counts in world["counts"].items():
+        for rank, word in enumerate(PRIORITIES if has_seats(world, name) else ()):
+            places = [row["order_at"] for row in reader.all(STANDING_IN_CLASS, name=name, rank=rank, seq=seq, n=EXACTLY)] if counts.get(word) else []
+            if len(places) < EXACTLY:
+                yield from ((rank, at, -1, name, 1) for at in places)
+            else:
+                span = int(reader.value(LAST_IN_CLASS, name=name, rank=rank, seq=seq)) - places[0]
+                shares = [counts[word] * (part + 1) // PARTS - counts[word] * part // PARTS for part in range(PARTS)]
+                yield from ((rank, places[0] + span * part // PARTS, -1, name, n) for part, n in enumerate(shares) if n)
+
+
+def has_seats(world: Row, name: str) -> bool:
+    """Whether tasks of a handler get slots, as things are."""
+    return goes_ahead(world, name) and any(world["pools"][number]["slots"] for number in serving(world, name))
+
+
+class Seats:
+    """Slots that are given to tasks in an order: for each of a pool, when it is free next; and the places of handlers with a limit."""
+
+    def __init__(self, world: Row):
+        self.free = [[at for at, _, _ in pool["slots"]] for pool in world["pools"]]
+        self.world, self.places = world, dict[str, list[float]]()
+        for name, handler in world["handlers"].items():
+            if handler["concurrency"] is not None:
+                busy = sorted(row["end"][0] for row in world["active"] if row["handler"] == name)[-handler["concurrency"] :]
+                self.places[name] = [float(world["now"])] * (handler["concurrency"] - len(busy)) + busy
+
+    def pool(self, name: str) -> list[float]:
+        """The slots of the pool that takes a handler's task first."""
+        numbers = serving(self.world, name)
+        return self.free[numbers[0]] if len(numbers) == 1 else min((self.free[number] for number in numbers if self.free[number]), key=min)
+
+    def start(self, name: str) -> float:
+        """When a task of the handler would start."""
+        at = min(self.pool(name))
+        return max(at, min(self.places[name])) if name in self.places else at
+
+    def take(self, name: str, ms: float) -> float:
+        """The same, and it does: it holds its slot for so long."""
+        free = self.pool(name)
+        start = at = min(free)
+        if name in self.places:  # it follows another of its handler, on the slot that this one leaves; those in between were free for others
+            places = self.places[name]
+            place = min(places)
+            start = max(at, place)
+            places[places.index(place)] = start + ms
+            at = max(one for one in free if one <= start)
+        free[free.index(at)] = start + ms
+        return start
+
+    def take_many(self, name: str, ms: float, n: int) -> None:
+        """Let n tasks take their slots, those after the first few in rounds of longer ones."""
+        seats = len(self.places[name]) if name in self.places else len(self.pool(name))
+        rounds = max(0, n - 2 * seats) // seats
+        for _ in range(n - rounds * seats):
+            self.take(name, ms)
+        for _ in range(seats if rounds else 0):
+            self.take(name, rounds * ms)
+
+
+class Batch:
+    """Tasks that are submitted together, and what is foreseen of each."""
+
+    def __init__(self, world: Row, lines: list[BatchLine], before: list[Entry]):
+        self.world, self.lines, kinds = world, lines, dict[Any, Row]()
+        self.tasks = [kinds.get(kind) or kinds.setdefault(kind, line_task(*kind)) for line in lines for kind in ((line[1], *line[3:]),)]
+        for task in kinds.values():
+            task["obstacle"] = no_forecast(world, task)
+        self.startable = [number for number, task in enumerate(self.tasks) if task["status"] == "queued" and has_seats(world, task["handler"])]
+        entries = before + [(task["rank"], task["order_at"], number, task["handler"], int(task["available_at"] is None))
+                            for number in self.startable for task in (self.tasks[number],)]  # fmt: skip
+        self.orders = {len(PRIORITIES): sorted(entries)}
+        self.unlearned = bool(world["unlearned"]) or any(learned_here(world, name) is None for name in {entry[3] for entry in entries})
+        self.places: dict[str, list[tuple[Entry, float]]] = {}  # of each handler, its entries in their order, with their starts
+        self.ahead = [0] * len(lines)
+
+    def task(self, number: int) -> Row:
+        """A line's task with what it has of its own."""
+        done, _, goal, *_ = self.lines[number]
+        return {**self.tasks[number], "task_id": done["task_id"], "intent_id": done["intent_id"], "goal": goal}
+
+    def order(self, rank: int) -> list[Entry]:
+        """The order of claims, were no class below this one."""
+        if rank not in self.orders:
+            self.orders[rank] = sorted(self.orders[len(PRIORITIES)], key=lambda entry: (min(entry[0], rank), entry[1], entry[2]))
+            if self.orders[rank] == self.orders[len(PRIORITIES)]:  # as in most batches
+                self.orders[rank] = self.orders[len(PRIORITIES)]
+        return self.orders[rank]
+
+    def walk(self, world: Row, rank: int, first: bool = False) -> list[float]:
+        """When each line starts, were no class below this one; noted with what is ahead of it where this is the first walk."""
+        seats, starts, passed = Seats(world), [math.inf] * len(self.lines), 0
+        means = {name: figures["mean_ms"] if figures["enough"] else world["unknown_ms"] for name, figures in world["learned"].items()}
+        for entry in self.order(rank):
+            _, _, number, name, n = entry
+            at = seats.take(name, means[name]) if n == 1 else seats.start(name)
+            if n > 1:
+                seats.take_many(name, means[name], n)
+            if number >= 0:
+                starts[number] = at
+            if first:
+                self.ahead[number] = passed
+                self.places.setdefault(name, []).append((entry, at))
+            passed += n
+        return starts
+
+    def starts(self, world: Row, first: bool = False) -> list[float]:
+        """When each line starts: not before it may, and as it climbs."""
+        starts = self.walk(world, len(PRIORITIES), first)
+        for rank, share in ((1, (1, 2)), (0, (4, 5))):
+            late = [(number, at) for number in self.startable for task in (self.tasks[number],) if task["sla_ms"] and rank < task["rank"]
+                    and starts[number] > (at := task["queued_at"] + task["sla_ms"] * share[0] // share[1])]  # fmt: skip
+            climbed = self.walk(world, rank) if late and self.order(rank) is not self.orders[len(PRIORITIES)] else starts
+            for number, at in late:
+                starts[number] = min(starts[number], max(at, climbed[number]))
+        return starts
+
+    def forecasts(self) -> Iterator[tuple[int, Row]]:
+        """The numbers of the lines of which something can be said, with that."""
+        starts = self.starts(self.world, first=True)
+        hopeful = self.starts(hopefully(self.world)) if self.unlearned else starts
+        for number, task in enumerate(self.tasks):
+            if learned_here(self.world, task["handler"]) is None:
+                continue
+            least = task["available_at"] or self.world["now"]
+            start = (max(least, starts[number]), 0.0, max(least, hopeful[number]))
+            forecast = forecast_of(self.world, task, start) if task["obstacle"] is None else None
+            if forecast is not None:
+                yield number, forecast
+
+    def advise(self, misses: dict[int, Row]) -> None:
+        """Add to the forecasts of misses what would save each: as advice_for() does, with a walk for each change instead of a play."""
+        figures = self.world["learned"]
+        long = {number for number in misses if runs_too_long(figures[self.tasks[number]["handler"]], self.tasks[number])}
+        tried: dict[int, list[Row]] = {number: [] for number, forecast in misses.items() if number not in long and forecast["finish_at"] is not None}
+        for number in tried:
+            tried[number] += self.raised(number, misses[number])
+        for action, names, variants in self.ways({self.tasks[number]["handler"] for number in tried}):
+            best: dict[int, tuple[float, str, bool]] = {}
+            left = [number for number in tried if self.tasks[number]["handler"] in names]
+            for text, changed in variants if left else ():
+                starts = self.starts(changed)
+                for number in left:
+                    task = self.tasks[number]
+                    finish = max(starts[number], task["available_at"] or 0) + figures[task["handler"]]["p50_ms"]
+                    if finish < (best[number][0] if number in best else misses[number]["finish_at"]):
+                        best[number] = finish, text, finish <= task["sla_deadline"]
+                left = [number for number in left if number not in best or not best[number][2]]
+                if not left:
+                    break
+            for number, (finish, text, saves) in best.items():
+                tried[number].append({"action": action, "text": text, "predicted_finish_at": round(finish), "saves": saves})
+        for number, forecast in misses.items():
+            task = self.tasks[number]
+            forecast.update(basis=basis_of(self.world, task, self.ahead[number]), advice=[])
+            if forecast["finish_at"] is not None:
+                forecast["advice"] = [longer_sla(task, forecast["finish_at"])] if number in long else chosen_advice(tried[number], task, forecast["finish_at"])
+
+    def raised(self, number: int, forecast: Row) -> Iterator[Row]:
+        """A higher class, if that helps: it then starts at the latest when the one of its handler would that it comes before."""
+        from bisect import bisect_left
+
+        task, best = self.tasks[number], None
+        for rank, word in ((1, "high"), (0, "critical")):
+            places = self.places[task["handler"]]
+            at = bisect_left(places, ((rank, task["order_at"], number, "", 0), 0.0)) if rank < task["rank"] else len(places)
+            finish = places[at][1] + self.world["learned"][task["handler"]]["p50_ms"] if at < len(places) else math.inf
+            if finish < (best["predicted_finish_at"] if best else forecast["finish_at"]):
+                best = {"action": "priority", "text": f"grace task priority {self.lines[number][0]['task_id']} {word}",
+                        "predicted_finish_at": round(finish), "saves": finish <= task["sla_deadline"]}  # fmt: skip
+                if best["saves"]:
+                    break
+        if best:
+            yield best
+
+    def ways(self, names: set[str]) -> Iterator[tuple[str, set[str], Iterator[tuple[str, Row]]]]:
+        """Changes that somebody could make, by kind, with the handlers that they are for, the smallest first; of the first few handlers."""
+        handlers, inside = self.world["handlers"], sorted(name for name in names if not self.world["handlers"][name]["external"])
+        for whom in [inside, *([name] for name in sorted(names.difference(inside))[:WAYS_OF])]:
+            if whom:
+                yield "workers", set(whom), ((several_workers(n, whom != inside), more_workers(self.world, whom[0], n)) for n in WAYS)
+        for name in [name for name in sorted(names) if handlers[name]["concurrency"] is not None][:WAYS_OF]:
+            yield "concurrency", {name}, (more_places(self.world, name, n) for n in WAYS)
+
+
+WAYS_OF = 3  # handlers; a change that is for one only takes walks of its own
+
+
+def line_task(facts: tuple[Any, ...], status: str, reason: str | None) -> Row:
+    """What forecasts need of a task that has just been submitted, but what it has of its own."""
+    return {**dict(zip(FACTS, facts, strict=True)), "rank": PRIORITIES.index(facts[3]), "status": status, "reason": reason, "task_id": None,
+            "forecast_at": None, "escalation_level": 0, "set_aside": None, "started_at": None, "finished_at": None}  # fmt: skip
+
+
+# ---- looked at again
 
 FORETOLD_AT_ONCE = 50  # by a daemon that looks again
 
@@ -7234,18 +7505,19 @@ PARKED_AT_ONCE = 1000  # of one handler: what is parked is looked at each time t
 def submit(tx: Tx, specs: Iterable[Row]) -> list[Row]:
     """Record intents with their tasks; for each {intent_id, task_id, status, duplicate}. All of them, or an error and none.
 
-    A single one gets its forecast, too; those of a batch are looked at by the daemon.
+    Each with its forecast, too; a miss that is foreseen is told in the same transaction.
     A spec has `goal` and the keys of SPEC_DEFAULTS; `command` True means that the caller itself runs it."""
     done: list[Row] = []
     made: list[tuple[Row, Row]] = []
     keys: dict[str, Row] = {}
     shapes: dict[Any, Shape] = {}
     taken: set[str] = set()
+    lines: list[BatchLine] = []
     for given in specs:
         spec = {**SPEC_DEFAULTS, **given}
         first = keys.get(spec["key"]) or duplicate_of(tx, spec["key"]) if spec["key"] else None
         if first:
-            done.append({**first, "duplicate": True})
+            done.append({**first, "duplicate": True, **NOTHING_FORESEEN})
             continue
         try:
             intent, task = intent_and_task(tx, spec, shapes, taken)
@@ -7257,8 +7529,9 @@ def submit(tx: Tx, specs: Iterable[Row]) -> list[Row]:
             raise
         made.append((intent, task))
         done.append({"intent_id": intent["intent_id"], "task_id": task["task_id"], "status": task["status"],
-                     "sla_deadline": format_instant(task["sla_deadline"]), "duplicate": False,
+                     "sla_deadline": format_instant(task["sla_deadline"]), "duplicate": False, **NOTHING_FORESEEN,
                      **({"sla_basis": spec["sla_basis"]} if "sla_basis" in spec else {})})  # fmt: skip
+        lines.append((done[-1], task["facts"], spec["goal"], task["status"], task["reason"]))
         if spec["key"]:
             keys[spec["key"]] = done[-1]
         if spec["after"] or len(made) == PAIRS_AT_ONCE:
@@ -7269,6 +7542,8 @@ def submit(tx: Tx, specs: Iterable[Row]) -> list[Row]:
     insert_pairs(tx, made)
     if alone is not None:
         done[0].update(foresee_submission(tx, alone))
+    elif lines:
+        foresee_batch(tx, lines)
     return done
 
 
@@ -7339,6 +7614,7 @@ def shape_of(tx: Tx, spec: Row) -> Shape:
                     timeout_ms=spec["timeout_ms"] or handler["timeout_ms"],
                     max_attempts=spec["max_attempts"] or (1 if spec["command"] else handler["max_attempts"]))  # fmt: skip
     task["next_at"] = next_step_at(task, setting(tx, "queue.age_every"))
+    task["facts"] = facts_of(task)
     told = to_json({name: intent[name] for name in ("domain", "handler", "priority", "sla_ms", "created_by")})
     return Shape(intent, task, payload_end(intent, task), told[1:])
 
@@ -10356,7 +10632,7 @@ def predicted_of(store: Store, task: Row, now: int) -> Row:
     """What is foreseen of an open task, for programs."""
 
     def look(reader: Reader) -> Row:
-        world = gather(reader, now, task["handler"])
+        world = gather(reader, now, (task["handler"],) if task["handler"] else ())
         line = head_of_queue(reader, world, WINDOW) if task["status"] == "queued" else []
         seen = foresee(reader, world, line, task)
         if seen["reason"] in ("handler_paused", "no_daemon", "not_served", "external") and learned_here(world, task["handler"]):
@@ -10927,9 +11203,21 @@ def submit_batch(app: App, source: str, wait: bool) -> int | None:
         return submit(tx, specs)
 
     done = store.write(put)
+    tell_misses(app, done)
     if done:  # in one piece: an unbuffered stdout would take a write for each line
         write_out("\n".join(map(json.dumps, done) if app.json else (f"{one['intent_id']}  {one['task_id']}" for one in done)))
     return None
+
+
+def tell_misses(app: App, done: list[Row]) -> None:
+    """Say to people how many lines are going to miss their SLA, and of the first why."""
+    first = next((one for one in done if "warning" in one), None)
+    if first is None:
+        return
+    warning, misses = first.pop("warning"), sum(bool(one["predicted_miss"]) for one in done)
+    if not app.json:
+        sys.stderr.write(f"grace: {misses} of {counted(len(done), 'line')} {'is' if misses == 1 else 'are'} going to miss the SLA; "
+                         f"the first, {first['task_id']}, {printable(warning)}\n")  # fmt: skip
 
 
 def batch_lines(source: str, what: str = "--batch", undone: str = "nothing was submitted") -> Iterator[tuple[int, bytes]]:

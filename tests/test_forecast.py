@@ -174,6 +174,53 @@ def test_the_figures_of_a_histogram(module: Any) -> None:
     assert module.summed_up([]) == {"runs": 0, "mean_ms": None, "sd_ms": None, "histogram": "[]", "p50_ms": None, "p90_ms": None, "p95_ms": None}
 
 
+# ---- a batch
+
+
+def batch_of(module: Any, world: dict[str, Any], line: list[dict[str, Any]], before: Any = ()) -> Any:
+    """These tasks as the lines of one batch."""
+    made = []
+    for task in line:
+        facts = {"task_type": task["handler"], "domain": "general", "priority": module.PRIORITIES[task["rank"]], "warn_at": 0.8, **task}
+        made.append(({"task_id": task["task_id"], "intent_id": "int_1"}, module.facts_of(facts), "a goal", "queued", None))
+    return module.Batch(world, made, list(before))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_batch_is_foreseen_as_its_play(module: Any, seed: int) -> None:
+    """In the order of claims, however mixed it is submitted; exactly so where no handler has a limit, and with limits all but."""
+    chance = random.Random(seed)
+    means = {name: chance.randrange(5, 120) for name in ("a", "b", "c")}
+    limits = {"a": chance.randrange(1, 3)} if seed % 2 else {}
+    world = world_of([float(chance.randrange(100)) for _ in range(chance.randrange(2, 5))], dict(means), **limits)
+    line = [waiting(f"t{n}", chance.choice("abc"), chance.randrange(4), order_at=NOW + 10**12 + chance.randrange(50), seq=n) for n in range(40)]
+    for name in means:
+        world["counts"][name] = {}
+    found = batch_of(module, world, line).starts(world, first=True)
+    played = module.Play(world, line).run()
+    for number, task in enumerate(line):
+        assert found[number] == pytest.approx(played[task["task_id"]][0], abs=1 if not limits else 0.25 * sum(means[one["handler"]] for one in line))
+
+
+def test_lines_of_a_batch_climb_past_what_was_there(module: Any) -> None:
+    """Behind a thousand without an SLA, they start when half of theirs is over, as their play has it."""
+    world = world_of([0.0], {"work": 100})
+    world["counts"]["work"] = {"normal": 1000}
+    before = [(2, NOW + 10**11 + n, -1, "work", 10) for n in range(100)]
+    line = [waiting(f"t{n}", rank=3, sla_ms=20_000, sla_deadline=NOW + 20_000, order_at=NOW + 20_000) for n in range(3)]
+    found = [at - NOW for at in batch_of(module, world, line, before).starts(world, first=True)]
+    others = [waiting(f"t{n}", order_at=NOW + 10**11 + n) for n in range(100, 1100)]
+    assert found == pytest.approx([starts(module, world, [*line, *others])[f"t{n}"] for n in range(3)], abs=301)
+    assert 10_000 <= found[0] <= 10_300
+
+
+@pytest.mark.parametrize("numbers", [[], [0], [0, 1, 2], [5, 6, 8, 9, 12], [1, 3, 5]])
+def test_unbroken_rows(module: Any, numbers: list[int]) -> None:
+    """They hold each number once, and none in between."""
+    rows = list(module.unbroken(numbers))
+    assert [n for first, last in rows for n in range(first, last + 1)] == numbers and len(rows) == sum(n - 1 not in numbers for n in numbers)
+
+
 # ---- what was learned
 
 
@@ -204,6 +251,7 @@ class Past:
                     tx.run(self.module.NOTE_SLEEP, now=tx.now - 1, asleep=asleep)
                 self.module.end_attempt(tx, task_id, taken["attempt_id"], {"outcome": "completed", "ended_by": "exit"})
             tx.now = real
+            tx.run("DELETE FROM handler_forecasts")  # nobody has asked in between
 
         with contextlib.closing(self.module.Store(str(self.place.db), "past")) as store:
             store.write(work)
@@ -559,6 +607,68 @@ def test_a_miss_that_is_certain_is_said_though_the_start_is_not_known(place: Pla
         assert "'too short' is going to be late" in place.ok("dashboard", "queued").out
         document = place.json("submit-intent", "long enough", "--handler", "rep", "--sla", "10h")
         assert document["predicted_miss"] is None and list(document)[:2] == ["intent_id", "task_id"]
+
+
+def submitted(place: Place, *lines: dict[str, Any]) -> list[dict[str, Any]]:
+    """The documents of a batch."""
+    return place.ok("submit-intent", "--json", "--batch", "-", stdin="".join(json.dumps(line) + "\n" for line in lines).encode()).lines
+
+
+def test_the_lines_of_a_batch_are_foreseen(place: Place, past: Past) -> None:
+    """Each at once, as the dashboard has it then, behind what was there; those of which nothing is known with null; a known key too."""
+    shell(place, "work", BLOCK.replace("$0", str(place.folder)))
+    shell(place, "new", "true")
+    past.run("work", 10_000)
+    with place.daemon("--workers", "2"):
+        held = [row["task_id"] for row in submitted(place, *({"goal": "held", "handler": "work", "priority": "critical"} for _ in range(4)))]
+        for task_id in held[:2]:
+            place.until_status(task_id, "running")
+        done = submitted(place, *({"goal": f"number {n}", "handler": "work", "sla": f"{40 - 5 * n}m", "key": f"key {n}"} for n in range(5)),
+                         {"goal": "later", "handler": "work", "in": "1h", "sla": "1m"}, {"goal": "unknown", "handler": "new"},
+                         {"goal": "waits", "handler": "work", "sla": "1h", "key": "key 1"})  # fmt: skip
+        queue = {row["task_id"]: row for row in place.json("dashboard", "queued")}
+        for document in done[:6]:
+            seen = queue[document["task_id"]]
+            assert document["predicted_miss"] is seen["predicted_miss"] is False and document["advice"] == []
+            for name in ("predicted_start_at", "predicted_finish_at"):
+                assert instant(document[name]) == pytest.approx(instant(seen[name]), abs=3), "five lines later it is the same"
+        assert instant(done[0]["predicted_finish_at"]) - instant(done[4]["predicted_finish_at"]) == pytest.approx(20, abs=1)
+        assert done[5]["predicted_start_at"] == place.task(done[5]["task_id"])["queued_at"]
+        for document in done[6:]:
+            assert [document[name] for name in ("predicted_start_at", "predicted_finish_at", "predicted_miss", "advice")] == [None, None, None, []]
+        assert done[7]["duplicate"] is True and done[7]["task_id"] == done[1]["task_id"] and forecasts(place) == []
+        (place.folder / "go").touch()
+
+
+def test_misses_in_a_batch_are_told_once_each(place: Place, past: Past) -> None:
+    """In the transaction that submits them, with what would save each; nobody tells them again, and people hear of the first."""
+    shell(place, "work", BLOCK.replace("$0", str(place.folder)))
+    shell(place, "long", "true")
+    past.run("work", 10_000)
+    past.run("long", 60_000)
+    place.ok("config", "set", "forecast.every", "100ms")
+    with place.daemon("--workers", "1"):
+        place.until_status(place.submit("runs", "--handler", "work", "--priority", "critical")[1], "running")
+        mixed = [{"goal": f"number {n}", "handler": "work", "sla": "5m" if n % 2 else "9h"} for n in range(300)]
+        done = submitted(place, *mixed)
+        late = [one for one in done if one["predicted_miss"]]
+        assert [one["task_id"] for one in late] == [one["task_id"] for one in done[59:300:2]], "behind one, twenty-nine fit into five minutes"
+        events = {event["task_id"]: event for event in forecasts(place)}
+        assert list(events) == [one["task_id"] for one in late] and all(events[one["task_id"]]["advice"] == one["advice"] for one in late)
+        saving = {one["action"]: one for one in late[0]["advice"]}
+        assert saving["workers"]["text"].startswith("one more worker") and saving["priority"]["text"] == f"grace task priority {late[0]['task_id']} high"
+        assert "4 more workers" in late[-2]["advice"][-1]["text"] and "29 tasks are ahead of it on 1 worker" in events[late[0]["task_id"]]["message"]
+        assert place.sql("SELECT COUNT(*) FROM htm_tasks WHERE forecast_at IS NOT NULL") == [[len(late)]]
+        stamped = place.sql("SELECT task_id FROM htm_tasks WHERE forecast_at IS NOT NULL ORDER BY seq")
+        assert [one[0] for one in stamped] == [one["task_id"] for one in late]
+        lines = "".join(json.dumps({"goal": "two more", "handler": "long", "sla": sla}) + "\n" for sla in ("30s", "10h", "40s"))
+        told = place.ok("submit-intent", "--batch", "-", stdin=lines.encode())
+        assert re.match(r"grace: 2 of 3 lines are going to miss the SLA; the first, task_\w+, will likely miss its SLA of 30s by ", told.err), told.err
+        assert re.search(r"a run takes (59\S+|60s|1m); an SLA of \S+ would be met", told.err), told.err
+        until(lambda: len(forecasts(place)) >= len(late) + 2 + 12, "the daemon to tell of those that the two long ones go before")
+        told_of = [event["task_id"] for event in forecasts(place)]
+        assert len(told_of) == len(set(told_of)) and told_of[: len(late)] == [one["task_id"] for one in late]
+        (place.folder / "go").touch()
 
 
 @pytest.mark.parametrize("daemons", [1, 2])
