@@ -3962,6 +3962,11 @@ def undecided(reason: str | None) -> bool:
     return reason is not None and (reason in (SECRET_CHANGED, MACHINE_CHANGED, RULES_CHANGED) or reason.endswith(SIGNER_GONE))
 
 
+def wishes_of(secrets: list[list[str]]) -> list[tuple[str, str]]:
+    """Key and action of each secret of a handler, once."""
+    return list(dict.fromkeys((key, action) for _, key, action in secrets))
+
+
 def wish_state(consents: list[Row], key: str, action: str, now: int) -> tuple[str, Row | None]:
     """What has become of one secret that a task needs: ready, waiting, missing or refused; and the newest consent for it."""
     row = next((row for row in reversed(consents) if (row["secret_key"], row["action"]) == (key, action)), None)
@@ -3986,6 +3991,17 @@ def asks_nobody(reader: Reader, key: str, action: str) -> bool:
     if rules is not None and '"effect":"require"' in rules["document"]:
         return False  # a rule may raise it
     return header.get("risk") == "low" and (risks.get(action) if isinstance(risks, dict) else None) in (None, "low")
+
+
+def seems_granted(reader: Reader, by: str, key: str, action: str, uses: int, now: int) -> bool:
+    """Whether nobody would be asked for so many uses by one requester: low risk, or a standing consent for them. A guess as above, for forecasts."""
+    rules = reader.one(RULE_SETS_NEWEST, n=1)
+    if rules is not None and ('"effect":"require"' in rules["document"] or '"effect":"deny"' in rules["document"]):
+        return False
+    if asks_nobody(reader, key, action):
+        return True
+    rows = [row for row in reader.all(STANDING_OF, key=key) if now < row["grant_expires_at"] and uses <= (row["max_uses"] or MAX_INSTANT) - row["used_count"]]
+    return any(fits(request, "action", action) and fits(request, "by", by) for request in map(listed_request, rows))
 
 
 def open_consents_of(reader: Reader, task_id: str) -> list[str]:
@@ -6357,6 +6373,8 @@ DURATIONS_OF = """WITH RECURSIVE spans (at) AS (SELECT :newest UNION ALL SELECT 
 CORRECTIONS_OF = f"""WITH RECURSIVE hours (at) AS (SELECT :newest UNION ALL SELECT at - {HOUR} FROM hours WHERE at > :oldest)
   SELECT h.at - h.at % :span AS at, CAST(c.word AS INTEGER) AS bucket, SUM(c.n) AS n FROM hours h CROSS JOIN outcome_tallies c
   WHERE c.starts_at = h.at AND c.task_type = :kind AND c.kind = 'duration' GROUP BY h.at - h.at % :span, c.word"""
+COMMAND_OUTCOMES = """SELECT context FROM outcome_records WHERE handler IS NULL AND domain = :domain AND json(context) ->> 'goal' = :goal
+    AND created_at >= :since AND success = 1 ORDER BY created_at DESC LIMIT :n"""
 KEEP_DURATIONS = """INSERT INTO handler_forecasts (handler, runs, mean_ms, sd_ms, p50_ms, p90_ms, p95_ms, histogram, completed, made_at)
   VALUES (:handler, :runs, :mean_ms, :sd_ms, :p50_ms, :p90_ms, :p95_ms, :histogram, :completed, :made_at)
   ON CONFLICT (handler) DO UPDATE SET runs = excluded.runs, mean_ms = excluded.mean_ms, sd_ms = excluded.sd_ms, p50_ms = excluded.p50_ms,
@@ -6365,7 +6383,7 @@ HANDLERS_AND_COUNTS = """SELECT h.name, h.concurrency, h.paused, h.external, h.s
   FROM handlers h LEFT JOIN task_counts c ON c.handler = h.name AND c.status = 'queued' AND c.n > 0 GROUP BY h.name, c.priority"""
 CLAIMING_DAEMONS = "SELECT worker_id, pid, lock_path, boot_id, slots, handlers FROM workers WHERE stopped_at IS NULL AND kind = 'daemon' AND state = 'running'"
 ACTIVE_NOW = """SELECT t.task_id, t.intent_id, t.handler, t.task_type, t.goal, t.domain, t.status, t.priority, t.queued_at, t.sla_ms, t.sla_deadline,
-    t.warn_at, t.escalation_level, t.set_aside, t.forecast_at, t.started_at, t.finished_at, a.worker_id, a.lease_ms
+    t.warn_at, t.escalation_level, t.set_aside, t.forecast_at, t.started_at, t.finished_at, t.reason, a.worker_id, a.lease_ms
   FROM htm_task_attempts a CROSS JOIN htm_tasks t WHERE t.task_id = a.task_id AND a.finished_at IS NULL"""
 EXTERNAL_SEEN = """SELECT t.assigned_worker AS worker FROM outcome_records o JOIN htm_tasks t ON t.task_id = o.task_id
   WHERE o.handler = :name AND o.created_at >= :since AND t.assigned_worker IS NOT NULL ORDER BY o.created_at DESC LIMIT 50"""
@@ -6375,6 +6393,8 @@ IN_LINE = """SELECT task_id, intent_id, handler, task_type, goal, domain, status
 IN_CLASS = IN_LINE.replace(" ORDER BY", " AND rank = :rank ORDER BY")
 NOT_BEFORE = IN_LINE.partition("FROM htm_tasks")[0] + """FROM htm_tasks WHERE available_at IS NOT NULL AND status = 'queued' AND handler IS NOT NULL
   ORDER BY available_at LIMIT :n"""
+PARKED_LINE = IN_LINE.partition("FROM htm_tasks")[0] + """FROM htm_tasks WHERE status = 'blocked' AND reason = 'waiting_consent'
+  ORDER BY rank, order_at, seq LIMIT :n"""
 AHEAD_OF = """SELECT COUNT(*) AS n FROM (SELECT 1 FROM htm_tasks WHERE handler = :name AND status = 'queued' AND available_at IS NULL
   AND (rank, order_at, seq) < (:rank, :order_at, :seq) LIMIT :n) AS ahead"""
 AHEAD_IN_CLASS = """SELECT COUNT(*) AS n FROM (SELECT 1 FROM htm_tasks WHERE handler = :name AND status = 'queued' AND available_at IS NULL
@@ -6427,6 +6447,17 @@ def recent_durations(reader: Reader, kind: str, now: int) -> list[tuple[int, int
     return sorted((bucket, n) for bucket, n in histogram.items() if n > 0)
 
 
+def command_durations(reader: Reader, domain: str, goal: str, now: int) -> list[tuple[int, int]]:
+    """The same of a command in the foreground, which is known by its domain and goal: of its newest outcomes."""
+    histogram: dict[int, int] = {}
+    for row in reader.all(COMMAND_OUTCOMES, domain=domain, goal=goal, since=now - LOOK_FAR_BACK, n=ENOUGH_RUNS):
+        metrics = context_of(row["context"])["metrics"]
+        if metrics.get("execution_time_ms") is not None and not metrics.get("interruptions"):
+            bucket = bucket_of(max(0, round(metrics["execution_time_ms"] - metrics.get("asleep_running_ms", 0))))
+            histogram[bucket] = histogram.get(bucket, 0) + 1
+    return sorted(histogram.items())
+
+
 def corrected_durations(reader: Reader, kind: str, level: str, newest: int, oldest: int, until: int = MAX_INSTANT) -> list[Row]:
     """Runs of each hour or day by bucket, with what is to be taken away again; of days only the hours before `until` are in them."""
     span = HOUR if level == "hour" else DAY
@@ -6465,7 +6496,7 @@ def gather(reader: Reader, now: int, own: Iterable[str] = (), learned: dict[str,
 
     `own` are handlers that are asked about, whether any of their tasks are counted or not; `learned` is what is known of some already."""
     world: Row = {"now": now, "handlers": {}, "learned": {}, "counts": {}, "serving": {}, "unlearned": set(), "unknown_ms": math.inf,
-                  "age_every": setting(reader, "queue.age_every")}  # fmt: skip
+                  "granted": {}, "ready": set(), "age_every": setting(reader, "queue.age_every")}  # fmt: skip
     for row in reader.all(HANDLERS_AND_COUNTS):
         world["handlers"][row["name"]] = row
         if row["n"]:
@@ -6476,18 +6507,50 @@ def gather(reader: Reader, now: int, own: Iterable[str] = (), learned: dict[str,
         world["learned"][name] = {**figures, "enough": says_enough(figures)}
     for name in world["counts"]:
         learn_of(reader, world, name)
+        granted_of(reader, world, name)
     add_active(reader, world)
     return world
 
 
-def learn_of(reader: Reader, world: Row, name: str | None) -> Row | None:
-    """What is known of a handler's durations, and None where too little is."""
+Kind = str | tuple[str, str] | None
+
+
+def kind_of(task: Row) -> Kind:
+    """What the usual time of a task is known by: its handler, or of a command in the foreground domain and goal; None for a built-in rescue."""
+    return task["handler"] if task["handler"] is not None or task["task_type"] != "command" else (task["domain"], task["goal"])
+
+
+def learn_of(reader: Reader, world: Row, name: Kind) -> Row | None:
+    """What is known of the durations of a kind, and None where too little is."""
     if name is None:
         return None
     if name not in world["learned"]:
-        learned = learned_durations(reader, name, world["now"])
+        now = world["now"]
+        learned = learned_durations(reader, name, now) if isinstance(name, str) else summed_up(command_durations(reader, *name, now))
         world["learned"][name] = {**learned, "enough": says_enough(learned)}
     return world["learned"][name] if world["learned"][name]["enough"] else None
+
+
+def granted_of(reader: Reader, world: Row, name: str) -> frozenset[tuple[str, str]]:
+    """Of the secrets of a handler, those for which nobody would be asked; the world keeps them."""
+    if name not in world["granted"]:
+        handler = world["handlers"].get(name) or HANDLER_DEFAULTS
+        uses = sum(world["counts"].get(name, {}).values()) + 1
+        world["granted"][name] = frozenset(wish for wish in wishes_of(json.loads(handler["secrets"]))
+                                           if seems_granted(reader, f"handler:{name}", *wish, uses, world["now"]))  # fmt: skip
+    found: frozenset[tuple[str, str]] = world["granted"][name]
+    return found
+
+
+def note_ready(reader: Reader, world: Row, tasks: Iterable[Row]) -> None:
+    """Note those tasks that have consent for all secrets of their handlers, or would have it at once."""
+    for task in tasks:
+        wishes = wishes_of(json.loads((world["handlers"].get(task["handler"]) or HANDLER_DEFAULTS)["secrets"]))
+        if wishes and task["status"] in ("queued", "blocked"):
+            granted, consents = granted_of(reader, world, task["handler"]), reader.all(CONSENTS_OF_TASK, id=task["task_id"])
+            states = {wish: wish_state(consents, *wish, world["now"])[0] for wish in wishes}
+            if all(state == "ready" or (state == "missing" and wish in granted) for wish, state in states.items()):
+                world["ready"].add(task["task_id"])
 
 
 def add_active(reader: Reader, world: Row) -> None:
@@ -6495,8 +6558,8 @@ def add_active(reader: Reader, world: Row) -> None:
     active = reader.all(ACTIVE_NOW)
     for row in active:
         row["end"] = end_of(learn_of(reader, world, row["handler"]), row, world["now"])
-        if row["end"][0] == math.inf:
-            world["unlearned"].add(row["handler"] or "grace run")
+        if row["end"][0] == math.inf and row["task_type"] != "command":  # which takes no slot
+            world["unlearned"].add(row["handler"] or "a rescue")
     world["active"] = active
     world["pools"] = [pool_of(row["slots"], [one for one in active if one["worker_id"] == row["worker_id"]],
                               frozenset(json.loads(row["handlers"])) if row["handlers"] else None, None, world["now"])
@@ -6550,32 +6613,42 @@ def takes(pool: Row, name: str | None, handler: Row | None) -> bool:
     return pool["external"] is None and (pool["only"] is None or name in pool["only"])
 
 
+CONSENT_IS_OPEN = "waiting_consent", "when it has consent to use its secrets is for people to say"
+
+
 def no_forecast(world: Row, task: Row) -> tuple[str, str] | None:
     """Code and sentence for why nothing can be said of an open task; None when something can."""
-    name, handler = task["handler"], world["handlers"].get(task["handler"])
-    learned = world["learned"].get(name)
-    if name is None:
-        return "command", "a command in the foreground or a built-in rescue has no kind of its own to learn from"
-    if handler is None:
+    name, handler, kind = task["handler"], world["handlers"].get(task["handler"]), kind_of(task)
+    if kind is None:
+        return "rescue", "a built-in rescue has no kind of its own to learn from"
+    if handler is None and name is not None:
         return "no_handler", f"there is no handler {name}"
     if task["status"] == "blocked":
-        return task["reason"] or "blocked", "it cannot start before what it waits for has come"
-    if task["status"] == "queued" and (why := cannot_start(world, name, handler)):
+        return CONSENT_IS_OPEN if task["reason"] == "waiting_consent" else (task["reason"] or "blocked", "it cannot start before what it waits for has come")
+    if task["status"] == "assigned" and task.get("reason") == "waiting_consent":
+        return CONSENT_IS_OPEN
+    if task["status"] == "queued" and handler is not None and (why := cannot_start(world, task, handler)):
         return why
+    learned = world["learned"].get(kind)
     if learned is None or not learned["enough"]:
-        return "nothing_learned", f"nothing learned yet of {name}: needs {MIN_RUNS} completed runs, has {learned['runs'] if learned else 0}"
+        return "nothing_learned", f"nothing learned yet of {name or 'this command'}: needs {MIN_RUNS} completed runs, has {learned['runs'] if learned else 0}"
     return None
 
 
-def cannot_start(world: Row, name: str, handler: Row) -> tuple[str, str] | None:
-    """What keeps all queued tasks of a handler from starting."""
+def cannot_start(world: Row, task: Row, handler: Row) -> tuple[str, str] | None:
+    """What keeps a queued task from starting."""
     if handler["paused"]:
-        return "handler_paused", f"its handler {name} is paused"
-    if handler["secrets"] != "[]":
-        return "waiting_consent", "when it has consent to use its secrets is for people to say"
-    if not any(world["pools"][number]["slots"] for number in serving(world, name)):
-        return no_worker(world, name, bool(handler["external"]))
+        return "handler_paused", f"its handler {handler['name']} is paused"
+    if not has_consent(world, handler) and task["task_id"] not in world["ready"]:
+        return CONSENT_IS_OPEN
+    if not any(world["pools"][number]["slots"] for number in serving(world, handler["name"])):
+        return no_worker(world, handler["name"], bool(handler["external"]))
     return None
+
+
+def has_consent(world: Row, handler: Row) -> bool:
+    """Whether tasks of a handler need no consent that somebody would have to give."""
+    return handler["secrets"] == "[]" or len(world["granted"].get(handler["name"], ())) == len(wishes_of(json.loads(handler["secrets"])))
 
 
 def no_worker(world: Row, name: str, external: bool) -> tuple[str, str]:
@@ -6593,6 +6666,10 @@ def head_of_queue(reader: Reader, world: Row, n: int) -> list[Row]:
     """The head of the queue in the order of claims: at most n tasks of all handlers that could start, and those that become available soonest."""
     names = [name for name in world["counts"] if goes_ahead(world, name)]
     line = [row for name in names for row in reader.all(IN_LINE, name=name, n=n)]
+    held = [row for name in world["counts"] if not has_consent(world, world["handlers"].get(name) or HANDLER_DEFAULTS)
+            for row in reader.all(IN_LINE, name=name, n=n)]  # fmt: skip
+    note_ready(reader, world, held)
+    line += [row for row in held if row["task_id"] in world["ready"] and cannot_start(world, row, world["handlers"][row["handler"]]) is None]
     line.sort(key=claim_order)
     later = [row for row in reader.all(NOT_BEFORE, n=n // 5) if row["handler"] in names]
     return line[:n] + later
@@ -6605,7 +6682,7 @@ def claim_order(task: Row) -> tuple[int, int, int]:
 def goes_ahead(world: Row, name: str) -> bool:
     """Whether tasks of this handler take slots at all."""
     handler = world["handlers"].get(name)
-    return handler is not None and not handler["paused"] and handler["secrets"] == "[]" and bool(serving(world, name))
+    return handler is not None and not handler["paused"] and has_consent(world, handler) and bool(serving(world, name))
 
 
 def climbs_of(task: Row, age_every: int) -> list[tuple[int, int]]:
@@ -6741,7 +6818,7 @@ def played(world: Row, line: list[Row], until: str | None = None) -> dict[str, t
     return {task_id: (*starts.get(task_id, late), at) for task_id, (at, _) in hopeful.items()}
 
 
-def learned_here(world: Row, name: str | None) -> Row | None:
+def learned_here(world: Row, name: Kind) -> Row | None:
     learned: Row | None = world["learned"].get(name)
     return learned if learned is not None and learned["enough"] else None
 
@@ -6841,7 +6918,7 @@ def forecast_of(world: Row, task: Row, start: tuple[float, float, float]) -> Row
     """Start, probable and cautious finish of a queued task, and whether it misses its SLA: null where that hangs on what is not known.
 
     None where nothing can be said; where it is late at the soonest (`soonest_at`), that is said without knowing when it starts."""
-    learned, (at, variance, hopeful) = world["learned"][task["handler"]], start
+    learned, (at, variance, hopeful) = world["learned"][kind_of(task)], start
     middle, deadline = learned["p50_ms"], task["sla_deadline"]
     if at == math.inf:
         certain = deadline is not None and deadline < hopeful + middle < math.inf
@@ -6853,7 +6930,7 @@ def forecast_of(world: Row, task: Row, start: tuple[float, float, float]) -> Row
 
 def forecast_of_running(world: Row, task: Row) -> Row:
     """The same of a task that runs: what is left is what was left of those runs that took as long."""
-    learned, deadline, now = world["learned"][task["handler"]], task["sla_deadline"], world["now"]
+    learned, deadline, now = world["learned"][kind_of(task)], task["sla_deadline"], world["now"]
     started = task["started_at"] if task["status"] == "running" else now
     histogram, elapsed = json.loads(learned["histogram"]), max(0, now - started)
     finish, by = (now + remaining_ms(histogram, elapsed, part) for part in (0.5, 0.9))
@@ -6888,22 +6965,51 @@ def reckoned_start(world: Row, task: Row, ahead: dict[str, int]) -> tuple[float,
 
 def foresee(reader: Reader, world: Row, line: list[Row], task: Row, most: int = COUNTED_AHEAD) -> Row:
     """All that can be said of an open task: `start_at`, `finish_at`, `finish_by_at`, `miss`, `basis`, and `reason` with `text` where there is no forecast."""
-    learn_of(reader, world, task["handler"])
+    learn_of(reader, world, kind_of(task))
+    note_ready(reader, world, [task])
+    if task["status"] == "blocked" and task["task_id"] in world["ready"]:  # until somebody sees that
+        task = {**task, "status": "queued", "reason": None}
     blank: Row = {"start_at": None, "finish_at": None, "finish_by_at": None, "miss": None, "reason": None, "text": None, "basis": None, "advice": []}
     if why := no_forecast(world, task):
-        return {**blank, "reason": why[0], "text": why[1]}
-    ahead = ahead_of(reader, world, task, most) if task["status"] == "queued" else {}
+        return {**blank, "reason": why[0], "text": why[1], **hopeless(world, task, soonest_start(reader, world, task, most))}
+    ahead = ahead_of(reader, world, task, most) if task["status"] == "queued" and task["handler"] is not None else {}
     blank["basis"] = basis_of(world, task, sum(ahead.values()))
-    if task["status"] == "queued":
-        forecast = forecast_of(world, task, start_of(reader, world, line, task, most, {task["rank"]: ahead}))
+    if task["status"] != "queued":
+        forecast: Row | None = forecast_of_running(world, task)
+    elif task["handler"] is None:
+        forecast = forecast_of(world, task, as_soon_as_may_be(world, task))
     else:
-        forecast = forecast_of_running(world, task)
+        forecast = forecast_of(world, task, start_of(reader, world, line, task, most, {task["rank"]: ahead}))
     if forecast is None or forecast["start_at"] is None:
         blank.update(reason="nothing_learned_ahead", text=unlearned_text(world, task, ahead))
     if forecast is None:
         return blank
     advice = advice_for(reader, world, line, task, forecast["finish_at"], most) if forecast["miss"] and task["status"] == "queued" else []
     return {**blank, **forecast, "advice": advice}
+
+
+def as_soon_as_may_be(world: Row, task: Row) -> tuple[float, float, float]:
+    """The start of what waits for nothing but its instant."""
+    at = max(world["now"], task["available_at"] or 0)
+    return at, 0.0, at
+
+
+def soonest_start(reader: Reader, world: Row, task: Row, most: int) -> float:
+    """When a task would start if what keeps it from starting were over this instant."""
+    least = as_soon_as_may_be(world, task)[0] if task["status"] in ("queued", "blocked") else world["now"]
+    waits = task["handler"] is not None and learned_here(world, task["handler"]) and task["status"] in ("queued", "blocked")
+    if not waits or not any(world["pools"][number]["slots"] for number in serving(world, task["handler"])):
+        return least
+    hopeful = start_of(reader, world, [], {**task, "status": "queued"}, most, {})[2]
+    return max(least, hopeful) if hopeful < math.inf else least
+
+
+def hopeless(world: Row, task: Row, start: float) -> Row:
+    """What is said of a task that cannot start yet: that it misses its SLA, where it does even if it starts then."""
+    learned = learned_here(world, kind_of(task))
+    if learned is None or task["sla_deadline"] is None or start + learned["p50_ms"] <= task["sla_deadline"]:
+        return {}
+    return {"miss": True, "soonest_at": round(start + learned["p50_ms"]), "basis": basis_of(world, task, 0)}
 
 
 def unlearned_text(world: Row, task: Row, ahead: Iterable[str]) -> str:
@@ -6914,8 +7020,8 @@ def unlearned_text(world: Row, task: Row, ahead: Iterable[str]) -> str:
 
 
 def basis_of(world: Row, task: Row, ahead: int) -> Row:
-    learned = world["learned"][task["handler"]]
-    slots = sum(len(world["pools"][number]["slots"]) for number in serving(world, task["handler"]))
+    learned = world["learned"][kind_of(task)]
+    slots = sum(len(world["pools"][number]["slots"]) for number in serving(world, task["handler"])) if task["handler"] is not None else 1
     return {"runs": learned["runs"], "p50_ms": round(learned["p50_ms"]), "p95_ms": round(learned["p95_ms"]), "slots": slots, "ahead": ahead}
 
 
@@ -6924,6 +7030,7 @@ def queue_forecasts(reader: Reader, now: int, priority: str | None, name: str | 
     world = gather(reader, now)
     shown = queued_tasks(reader, world, priority, name, limit)
     line = head_of_queue(reader, world, WINDOW)
+    note_ready(reader, world, shown)
     near = {row["task_id"] for row in line}
     starts = played(world, line) if any(row["task_id"] in near for row in shown) else {}
     found: list[tuple[Row, Row]] = []
@@ -6959,7 +7066,8 @@ def queue_forecast(reader: Reader, world: Row, task: Row, start: tuple[float, fl
     if why is None and (forecast is None or forecast["start_at"] is None):
         code, text = "nothing_learned_ahead", unlearned_text(world, task, world["counts"])
     if forecast is None:
-        return {"start_at": None, "finish_at": None, "miss": None, "reason": code, "text": text, "advice": []}
+        return {"start_at": None, "finish_at": None, "miss": None, "reason": code, "text": text, "advice": [],
+                **(hopeless(world, task, as_soon_as_may_be(world, task)[0]) if why else {})}  # fmt: skip
     advice = advice_for(reader, world, [], task, forecast["finish_at"], NEAR) if forecast["miss"] else []
     return {**forecast, "reason": code, "text": text, "advice": advice}
 
@@ -6971,8 +7079,10 @@ def advice_for(reader: Reader, world: Row, line: list[Row], task: Row, finish: i
     """What would let a task meet its SLA, each by itself, as forecast with that change; else the best there is, and the SLA that would be met.
 
     Where a run alone takes longer than the SLA, nothing but another SLA helps."""
-    if task["sla_ms"] is not None and runs_too_long(world["learned"][task["handler"]], task):
+    if task["sla_ms"] is not None and runs_too_long(world["learned"][kind_of(task)], task):
         return [] if finish is None else [longer_sla(task, finish)]
+    if task["handler"] is None:
+        return []
     best: list[Row] = []
     counted: dict[int, dict[str, int]] = {}
     for action, variants in ways_out(world, task):
@@ -7086,15 +7196,18 @@ def miss_reason(task: Row, forecast: Row) -> str:
     """Why it will be late: the length of its run, what is ahead of it, its wait for a worker; each only where it makes it late."""
     basis, start = forecast["basis"], forecast["start_at"]
     takes = f"a run takes {format_duration(basis['p50_ms'])}"
-    if task["status"] != "queued":
+    if task["status"] == "running":
         return takes if runs_too_long(basis, task) else f"its run takes longer than the {format_duration(basis['p50_ms'])} that is usual"
     ahead = f"{counted(basis['ahead'], 'task')} {'is' if basis['ahead'] == 1 else 'are'} ahead of it on {counted(basis['slots'], 'worker')}"
     if runs_too_long(basis, task):
         return f"{takes}, and {ahead}" if basis["ahead"] and start is not None and start > task["sla_deadline"] else takes
     if basis["ahead"]:
         return ahead
-    wait = 0 if start is None else start - task["queued_at"]
-    return (f"it waits {format_duration(wait)} for a worker, and " if wait >= SECOND // 10 else "") + takes
+    wait = (start or forecast["soonest_at"] - basis["p50_ms"]) - task["queued_at"]
+    return (f"it waits {format_duration(wait)} {WAITS_FOR.get(forecast.get('reason') or '', 'for a worker')}, and " if wait >= SECOND // 10 else "") + takes
+
+
+WAITS_FOR = {"waiting_consent": "for consent", "waiting_dependency": "for other intents", "handler_paused": "for its handler"}
 
 
 def advice_sentence(advice: list[Row]) -> str:
@@ -7111,16 +7224,21 @@ def advice_sentence(advice: list[Row]) -> str:
 
 def foresee_submission(tx: Tx, task: Row) -> Row:
     """What is foreseen of a task that has just been written; a miss is told at once, in the same transaction."""
-    learned = learned_durations(tx, task["handler"], tx.now) if task["handler"] is not None else {"runs": 0}
+    kind = kind_of(task)
+    learned = learned_durations(tx, kind, tx.now) if isinstance(kind, str) else summed_up(command_durations(tx, task["domain"], task["goal"], tx.now))
     if not says_enough(learned):
         return submission_forecast(None, None)
     task = {**task, "rank": PRIORITIES.index(task["priority"]), "seq": tx.value(LAST_TASK), "forecast_at": None, "started_at": None, "finished_at": None}
-    world = gather(tx, tx.now, (task["handler"],), {task["handler"]: learned})
-    forecast = foresee(tx, world, [], task, NEAR)
-    if forecast["miss"]:
-        near = sum(sum(counts.values()) for counts in world["counts"].values()) < NEAR
-        line = head_of_queue(tx, world, NEAR) if near else []
-        forecast = foresee(tx, world, line, task, CLOSER)
+    if task["handler"] is None:
+        world: Row = {"now": tx.now, "handlers": {}, "ready": set(), "learned": {kind: {**learned, "enough": True}}}
+        forecast = foresee(tx, world, [], task)
+    else:
+        world = gather(tx, tx.now, (task["handler"],), {task["handler"]: learned})
+        forecast = foresee(tx, world, [], task, NEAR)
+        if forecast["miss"]:
+            near = sum(sum(counts.values()) for counts in world["counts"].values()) < NEAR
+            line = head_of_queue(tx, world, NEAR) if near else []
+            forecast = foresee(tx, world, line, task, CLOSER)
     if forecast["miss"]:
         foretell(tx, task, forecast)
     return submission_forecast(task, forecast)
@@ -7324,9 +7442,9 @@ class Batch:
                 continue
             least = task["available_at"] or self.world["now"]
             start = (max(least, starts[number]), 0.0, max(least, hopeful[number]))
-            forecast = forecast_of(self.world, task, start) if task["obstacle"] is None else None
-            if forecast is not None:
-                yield number, forecast
+            forecast = forecast_of(self.world, task, start) if task["obstacle"] is None else hopeless(self.world, task, least)
+            if forecast:
+                yield number, {"start_at": None, "finish_at": None, "reason": task["obstacle"][0], **forecast} if task["obstacle"] else forecast
 
     def advise(self, misses: dict[int, Row]) -> None:
         """Add to the forecasts of misses what would save each: as advice_for() does, with a walk for each change instead of a play."""
@@ -7398,9 +7516,10 @@ FORETOLD_AT_ONCE = 50  # by a daemon that looks again
 
 
 def misses_to_come(reader: Reader, now: int) -> list[tuple[Row, Row]]:
-    """The running tasks and those at the head of the queue that are going to miss their SLA and were not said to, with their forecasts."""
+    """The tasks that run, that wait for consent, and at the head of the queue, which are going to miss their SLA and were not said to; with forecasts."""
     world = gather(reader, now)
-    found = [(row, foresee(reader, world, [], row)) for row in world["active"] if may_be_foretold(row, now) and learned_here(world, row["handler"])]
+    waiting = world["active"] + reader.all(PARKED_LINE, n=WINDOW)
+    found = [(row, foresee(reader, world, [], row, NEAR)) for row in waiting if may_be_foretold(row, now) and learn_of(reader, world, kind_of(row))]
     found = [(row, forecast) for row, forecast in found if forecast["miss"]]
     line = head_of_queue(reader, world, WINDOW)
     starts = played(world, line) if any(may_be_foretold(row, now) for row in line) else {}
@@ -7691,11 +7810,6 @@ def claim(tx: Tx, worker: str, n: int, only: Iterable[str] = ()) -> list[Row]:
     line = (task_id for task_id in first_in_line(tx, handlers, n) if not held or is_ready(tx, task_id))
     taken = (take(tx, task_id, worker) for task_id in line)
     return [row for row in taken if row is not None]
-
-
-def wishes_of(secrets: list[list[str]]) -> list[tuple[str, str]]:
-    """Key and action of each secret of a handler, once."""
-    return list(dict.fromkeys((key, action) for _, key, action in secrets))
 
 
 def is_ready(reader: Reader, task_id: str) -> bool:
@@ -9664,7 +9778,7 @@ class Daemon:
 
     def _look_ahead(self) -> None:
         """Foretell misses that nobody could see when the tasks were submitted; nothing is looked at while nothing happens."""
-        self.stirred = self.stirred or self.acted or bool(self.sup.children)
+        self.stirred = self.stirred or self.acted or bool(self.sup.children) or bool((self.waiting_mark or {"n": 0})["n"])
         if not self.stirred or time.monotonic() < self.forecast_at or self.drain or self.stop_at is not None:
             return
         self.forecast_at, self.stirred = time.monotonic() + setting(self.store, "forecast.every") / 1000, False
@@ -9917,13 +10031,18 @@ class Runner:
         self.stopped_by = 0
         self.unrecorded = False  # the database took no more
         self.task: Row = {}
+        self.foreseen = NOTHING_FORESEEN
 
     def run(self) -> Row:
-        """Until the task is final; its row, with `command_status` to exit with."""
+        """Until the task is final; its row, with `command_status` to exit with, and what was `foreseen` at its start."""
         done: Row = self.store.write(self._submit)
         if done["duplicate"]:
             self._close()
             return done
+        if not self.wishes or done["predicted_miss"]:  # when there will be consent, nobody knows
+            self.foreseen = {name: done[name] for name in NOTHING_FORESEEN}
+        if "warning" in done and sys.stderr.isatty():
+            self.tell(f"grace: {printable(done['warning'])}")
         bell = Bell(self.store)
         self.sup.watch(bell, lambda fd: bell.answer())
         status = 0 if self._obtain_secrets() else 125
@@ -9934,7 +10053,7 @@ class Runner:
                 break
         bell.close()
         self._close()
-        return {**get_task(self.store, done["task_id"]), "duplicate": False, "command_status": status}
+        return {**get_task(self.store, done["task_id"]), "duplicate": False, "command_status": status, "foreseen": self.foreseen}
 
     def _submit(self, tx: Tx) -> Row:
         """Record the intent and take its task in one transaction, so that nobody else ever sees it unclaimed."""
@@ -11375,7 +11494,7 @@ def show_run(app: App, done: Row) -> int:
             write_json(done)
         return 0
     if app.json:
-        write_json(task_document(done, clock()))
+        write_json({**task_document(done, clock()), **done["foreseen"]})
     return int(done["command_status"])
 
 

@@ -513,6 +513,7 @@ CREATE INDEX attempt_open_of_worker ON htm_task_attempts (worker_id) WHERE finis
 CREATE INDEX attempt_lease ON htm_task_attempts (lease_expires_at) WHERE finished_at IS NULL AND lease_ms IS NOT NULL;
 CREATE INDEX dependency_of_intent ON task_dependencies (intent_id);
 CREATE INDEX outcome_of_handler ON outcome_records (handler, created_at, execution_time);
+CREATE INDEX outcome_of_command ON outcome_records (domain, json(context) ->> 'goal', created_at) WHERE handler IS NULL;
 CREATE INDEX event_recovered ON events (created_at) WHERE topic = 'htm.task.recovered';
 CREATE INDEX event_subject ON events (subject, seq) WHERE subject IS NOT NULL;
 CREATE UNIQUE INDEX intent_key ON intent_records (idempotency_key) WHERE idempotency_key IS NOT NULL;

@@ -724,7 +724,6 @@ def test_a_run_that_takes_longer_than_usual_is_foretold(place: Place, past: Past
 def test_nothing_is_foretold_too_late(place: Place, past: Past, module: Any) -> None:
     """Neither after the warning's instant, nor twice, nor of a task that has ended or has no SLA."""
     shell(place, "work", "true")
-    past.run("work", 60_000)
     ids = [place.submit(str(n), "--handler", "work", *options)[1] for n, options in enumerate([("--sla", "30s"), ("--sla", "30s"), ()])]
     place.ok("task", "cancel", ids[1])
     told: dict[str, list[bool]] = {}
@@ -758,6 +757,118 @@ def test_many_submissions_at_once_each_get_their_forecast(place: Place, past: Pa
         told = sorted(event["task_id"] for event in forecasts(place))
         assert told == sorted(document["task_id"] for document in documents)
         (place.folder / "go").touch()
+
+
+# ---- work that waits for people
+
+
+@pytest.fixture
+def vault(place: Place) -> Place:
+    """With a secret of medium risk and one of low, and a handler for each."""
+    phrase = place.folder / "phrase"
+    phrase.write_text("correct horse\n")
+    phrase.chmod(0o600)
+    place.ok("config", "set", "vault.argon2_memory", str(64 << 20))
+    place.ok("init", "--name", "anna", "--passphrase-file", "phrase")
+    place.ok("secret", "set", "token", "--passphrase-file", "phrase", stdin=b"abc")
+    place.ok("secret", "set", "motd", "--risk", "low", stdin=b"abc")
+    shell(place, "sealed", BLOCK.replace("$0", str(place.folder)), "--secret", "T=token")
+    shell(place, "quiet", "true", "--secret", "M=motd")
+    return place
+
+
+def test_consent_that_is_missing_is_not_foreseen_but_a_certain_miss_is(vault: Place, past: Past) -> None:
+    """Nothing is promised; what is late even with consent this instant is said: at submission, by explain and, when waiting has made it so, by a daemon."""
+    past.run("sealed", 4_000)
+    vault.ok("config", "set", "forecast.every", "100ms")
+    with vault.daemon("--workers", "1"):
+        short = vault.call("submit-intent", "too short", "--handler", "sealed", "--sla", "1s")
+        assert re.match(r"grace: this will miss its SLA of 1s by [23]\S*s at least: a run takes (3\.9|4)\S*s$", short.err.strip()), short.err
+        done = vault.json("submit-intent", "waits", "--handler", "sealed", "--sla", "10s")
+        assert (done["predicted_start_at"], done["predicted_miss"]) == (None, None)
+        until(lambda: len(vault.json("consent", "pending")) == 2, "two requests")
+        seen = predicted(vault, done["task_id"])
+        assert (seen["start_at"], seen["reason"], seen["advice"]) == (None, "waiting_consent", []) and "is for people to say" in seen["text"]
+        (event,) = until(lambda: forecasts(vault, done["task_id"]), "the daemon's word once the wait has made it late")
+        assert re.search(r"will miss its SLA of 10s by \S+ at least: it waits [56]\S*s for consent, and a run takes (3\.9|4)\S*s$", event["message"]), event
+        assert event["predicted_finish_at"] is None and vault.task(done["task_id"])["escalation_level"] == 0
+        text = " ".join(vault.ok("task", "explain", done["task_id"]).out.split())
+        assert "no forecast: when it has consent" in text and "it will miss its SLA of 10s" in text
+        (vault.folder / "go").touch()
+
+
+def test_where_consent_stands_work_is_foreseen_as_any_other(vault: Place, past: Past) -> None:
+    """Low risk asks nobody, nor does a template; what was approved for one task, and what runs, is foreseen too."""
+    past.run("sealed", 60_000)
+    past.run("quiet", 60_000)
+    with vault.daemon("--workers", "1"):
+        _, first = vault.submit("first", "--handler", "sealed")
+        (request,) = until(lambda: vault.json("consent", "pending"), "the request")
+        vault.ok("consent", "approve", request["consent_id"], "--passphrase-file", "phrase")
+        started = instant(vault.until_status(first, "running")["started_at"])
+        assert instant(predicted(vault, first)["finish_at"]) - started == pytest.approx(60, rel=0.03)
+        low = vault.json("submit-intent", "nobody is asked", "--handler", "quiet", "--sla", "90s")
+        assert low["predicted_miss"] is True and instant(low["predicted_finish_at"]) - started == pytest.approx(120, rel=0.03)
+        asked = vault.json("submit-intent", "somebody is", "--handler", "sealed", "--sla", "1h")
+        assert asked["predicted_miss"] is None and predicted(vault, asked["task_id"])["reason"] == "waiting_consent"
+        vault.ok("consent", "template", "add", "nightly", "--secret", "token", "--action", "use", "--by", "handler:sealed", "--for", "7d", "--uses", "9",
+                 "--passphrase-file", "phrase")  # fmt: skip
+        covered = vault.json("submit-intent", "nobody now", "--handler", "sealed", "--sla", "1h")
+        assert instant(covered["predicted_finish_at"]) - started == pytest.approx(240, rel=0.03), "the one before it needs nobody either now"
+        batch = submitted(vault, {"goal": "nobody now", "handler": "sealed", "sla": "1h"})[0]
+        assert instant(batch["predicted_finish_at"]) > instant(covered["predicted_finish_at"]) and batch["predicted_miss"] is False
+        rows = vault.json("dashboard", "queued")
+        assert len(rows) == 4 and all(row["predicted_start_at"] and row["reason"] is None for row in rows)
+        (vault.folder / "go").touch()
+
+
+# ---- commands in the foreground
+
+
+def test_a_command_is_foreseen_from_its_own_runs(place: Place, past: Past) -> None:
+    """From ten completed runs of the same domain and goal on; what it says at its start stands in its document, a miss is told once."""
+    for n in range(10):
+        document = place.json("run", "--sla", "20s", "--domain", "d", "--goal", "nap", "--", "sleep", "0.2")
+        assert [document[name] for name in ("predicted_start_at", "predicted_finish_at", "predicted_miss", "advice")] == [None, None, None, []], n
+    for other in (("--domain", "e", "--goal", "nap"), ("--domain", "d", "--goal", "another")):
+        assert place.json("run", *other, "--", "true")["predicted_start_at"] is None
+    fine = place.json("run", "--sla", "20s", "--domain", "d", "--goal", "nap", "--", "sleep", "0.2")
+    assert fine["predicted_miss"] is False and fine["advice"] == [] and forecasts(place) == []
+    assert instant(fine["predicted_finish_at"]) - instant(fine["predicted_start_at"]) == pytest.approx(0.2, abs=0.15)
+    late = place.json("run", "--sla", "100ms", "--domain", "d", "--goal", "nap", "--", "sleep", "0.2")
+    assert late["predicted_miss"] is True and [one["action"] for one in late["advice"]] == ["sla"]
+    (event,) = forecasts(place)
+    assert event["task_id"] == late["task_id"] and re.match(r"'nap' will likely miss its SLA of 100ms by \S+: a run takes 2\d\dms; an SLA of", event["message"])
+    done = place.call("run", "--sla", "100ms", "--domain", "d", "--goal", "nap", "--", "sleep", "0.2")
+    assert done.err == "", "what it prints is the command's; on a terminal it says so"
+    status, text = Terminal(place, "run", "--sla", "100ms", "--domain", "d", "--goal", "nap", "--", "sleep", "0.2").end()
+    assert status == 0 and "grace: this will likely miss its SLA of 100ms" in text
+
+
+def test_a_command_that_runs_is_foreseen_and_a_daemon_looks_at_it(place: Place, past: Past) -> None:
+    """While it runs: when it ends; when it takes longer than it usually does, the event before the warning."""
+    for _ in range(10):
+        place.ok("run", "--goal", "nap", "--", "sleep", "0.2")
+    place.ok("config", "set", "forecast.every", "100ms")
+    shell(place, "busy", BLOCK.replace("$0", str(place.folder)))
+    command = ("--goal", "nap", "--", "sh", "-c", BLOCK, str(place.folder))
+    place.start("run", "--sla", "10h", *command)
+    (running,) = until(lambda: place.json("task", "list", "--status", "running"), "the command to run")
+    seen = predicted(place, running["task_id"])
+    assert seen["start_at"] and seen["miss"] is False and seen["basis"]["runs"] == 10 and (seen["basis"]["slots"], seen["basis"]["ahead"]) == (1, 0)
+    assert "because 10 runs took" in place.ok("task", "explain", running["task_id"]).out
+    place.start("run", "--goal", "first of its kind", "--", "sh", "-c", BLOCK, str(place.folder))
+    other = until(lambda: [task for task in place.json("task", "list", "--status", "running") if task["goal"] != "nap"], "the other")[0]
+    assert predicted(place, other["task_id"])["reason"] == "nothing_learned" and "this command: needs 10" in predicted(place, other["task_id"])["text"]
+    hanging = place.start("run", "--sla", "9s", *command)
+    with place.daemon("--workers", "1"):
+        place.submit("keeps the daemon looking", "--handler", "busy")
+        (event,) = until(lambda: forecasts(place), "the forecast")
+        assert event["handler"] is None and "its run takes longer than the" in event["message"] and event["advice"] == []
+        until(lambda: place.events("htm.sla.warning"), "the warning")
+        assert len(forecasts(place)) == 1
+        (place.folder / "go").touch()
+    assert hanging.wait(LIMIT) == 0
 
 
 # ---- the queue on the screen
