@@ -7258,7 +7258,8 @@ def advice_document(advice: list[Row]) -> list[Row]:
 
 # ---- the lines of a batch
 # Nobody asks the store for each of them. What waits and what is new is walked through once in the order of claims, each taking the slot that is
-# free first, for the mean of its handler: what reckoned() says of one task, of all. Where tasks climb, the orders of the higher classes are walked as well.
+# free first, for the mean of its handler: what reckoned() says of one task, of all. Where tasks climb, the orders of the higher classes are walked as well;
+# that others climb past them is only seen where all is few enough to be played.
 
 EXACTLY, PARTS = 200, 100  # so many of a class are placed where they stand; more are taken to lie evenly, in so many parts
 NOTHING_FORESEEN: Row = {"predicted_start_at": None, "predicted_finish_at": None, "predicted_miss": None, "advice": []}
@@ -7284,7 +7285,8 @@ def foresee_batch(tx: Tx, lines: list[BatchLine]) -> None:
     if not any(says_enough(figures) for figures in learned.values()):
         return
     world, first = gather(tx, tx.now, learned, learned), int(tx.value(LAST_TASK)) - len(lines) + 1
-    batch = Batch(world, lines, list(standing_before(tx, world, first - 1)))
+    few = len(lines) + sum(sum(counts.values()) for counts in world["counts"].values()) <= WINDOW and all(facts[5] is None for _, facts, *_ in lines)
+    batch = Batch(world, lines, list(standing_before(tx, world, first - 1)), head_of_queue(tx, world, WINDOW) if few else None)
     misses = {}
     for number, forecast in batch.forecasts():
         done = lines[number][0]
@@ -7379,8 +7381,9 @@ class Seats:
 class Batch:
     """Tasks that are submitted together, and what is foreseen of each."""
 
-    def __init__(self, world: Row, lines: list[BatchLine], before: list[Entry]):
-        self.world, self.lines, kinds = world, lines, dict[Any, Row]()
+    def __init__(self, world: Row, lines: list[BatchLine], before: list[Entry], line: list[Row] | None = None):
+        """`before` is what waited before they came; `line` is the whole queue with them, where that is short enough to be played through."""
+        self.world, self.lines, self.line, kinds = world, lines, line, dict[Any, Row]()
         self.tasks = [kinds.get(kind) or kinds.setdefault(kind, line_task(*kind)) for line in lines for kind in ((line[1], *line[3:]),)]
         for task in kinds.values():
             task["obstacle"] = no_forecast(world, task)
@@ -7424,7 +7427,10 @@ class Batch:
 
     def starts(self, world: Row, first: bool = False) -> list[float]:
         """When each line starts: not before it may, and as it climbs."""
-        starts = self.walk(world, len(PRIORITIES), first)
+        starts = self.walk(world, len(PRIORITIES), first) if first or self.line is None else []
+        if self.line is not None:
+            found = Play(world, self.line).run()
+            return [found.get(done["task_id"], NEVER)[0] for done, *_ in self.lines]
         for rank, share in ((1, (1, 2)), (0, (4, 5))):
             late = [(number, at) for number in self.startable for task in (self.tasks[number],) if task["sla_ms"] and rank < task["rank"]
                     and starts[number] > (at := task["queued_at"] + task["sla_ms"] * share[0] // share[1])]  # fmt: skip

@@ -640,6 +640,23 @@ def test_the_lines_of_a_batch_are_foreseen(place: Place, past: Past) -> None:
         (place.folder / "go").touch()
 
 
+def test_a_short_batch_is_foreseen_with_all_that_climbs_past_it(place: Place, past: Past) -> None:
+    """What was there has a little less time and climbs: the lines wait for it, and the dashboard has the same."""
+    shell(place, "work", BLOCK.replace("$0", str(place.folder)))
+    shell(place, "lone", "true", "--concurrency", "1")
+    past.run("work", 30_000)
+    past.run("lone", 30_000)
+    with place.daemon("--workers", "1"):
+        place.until_status(place.submit("runs", "--handler", "work", "--priority", "critical")[1], "running")
+        submitted(place, *({"goal": "was there", "handler": "work", "sla": "5m"} for _ in range(20)))
+        done = submitted(place, *({"goal": f"lone {n}", "handler": "lone", "sla": "5m", "priority": "high"} for n in range(8)))
+        queue = {row["task_id"]: row for row in place.json("dashboard", "queued")}
+        for document in done:
+            assert instant(document["predicted_start_at"]) == pytest.approx(instant(queue[document["task_id"]]["predicted_start_at"]), abs=5)
+        assert [one["predicted_miss"] for one in done[:4] + done[6:]] == [False] * 4 + [True] * 2, "when half of its time is over, what was there goes before"
+        (place.folder / "go").touch()
+
+
 def test_misses_in_a_batch_are_told_once_each(place: Place, past: Past) -> None:
     """In the transaction that submits them, with what would save each; nobody tells them again, and people hear of the first."""
     shell(place, "work", BLOCK.replace("$0", str(place.folder)))
