@@ -6461,9 +6461,11 @@ def command_durations(reader: Reader, domain: str, goal: str, now: int) -> list[
 def corrected_durations(reader: Reader, kind: str, level: str, newest: int, oldest: int, until: int = MAX_INSTANT) -> list[Row]:
     """Runs of each hour or day by bucket, with what is to be taken away again; of days only the hours before `until` are in them."""
     span = HOUR if level == "hour" else DAY
-    last_hour = min(newest + span, until) - HOUR
-    return (reader.all(DURATIONS_OF, level=level, span=span, newest=newest, oldest=oldest, kind=kind)
-            + reader.all(CORRECTIONS_OF, span=span, newest=last_hour - last_hour % HOUR, oldest=oldest, kind=kind))  # fmt: skip
+    rows = reader.all(DURATIONS_OF, level=level, span=span, newest=newest, oldest=oldest, kind=kind)
+    if not rows:
+        return rows
+    last_hour = min(rows[0]["at"] + span, until) - HOUR
+    return rows + reader.all(CORRECTIONS_OF, span=span, newest=last_hour, oldest=rows[-1]["at"], kind=kind)
 
 
 def summed_up(histogram: list[tuple[int, int]]) -> Row:
