@@ -10770,7 +10770,11 @@ def predicted_of(store: Store, task: Row, now: int) -> Row:
     return {**{name: format_instant(forecast[name]) for name in ("start_at", "finish_at", "finish_by_at")},
             "miss": past_deadline(task, now) or forecast["miss"],
             "reason": forecast["reason"], "text": forecast["text"], "basis": forecast["basis"], "advice": advice_document(forecast["advice"]),
-            "summary": miss_sentence(task, forecast) if forecast["miss"] else None}  # fmt: skip
+            "summary": None if not forecast["miss"] else late_words(task, now) if past_deadline(task, now) else miss_sentence(task, forecast)}  # fmt: skip
+
+
+def late_words(task: Row, now: int) -> str:
+    return f"is late: {format_duration(now - task['sla_deadline'])} past its SLA of {format_duration(task['sla_ms'])}"
 
 
 def reasons(store: Store, task: Row, now: int) -> list[tuple[str, str]]:

@@ -811,6 +811,8 @@ def test_consent_that_is_missing_is_not_foreseen_but_a_certain_miss_is(vault: Pl
         assert event["predicted_finish_at"] is None and vault.task(done["task_id"])["escalation_level"] == 0
         text = " ".join(vault.ok("task", "explain", done["task_id"]).out.split())
         assert "no forecast: when it has consent" in text and "it will miss its SLA of 10s" in text
+        first = next(event["task_id"] for event in forecasts(vault))
+        assert re.search(r"it is late: \S+ past its SLA of 1s", vault.ok("task", "explain", first).out)
         (vault.folder / "go").touch()
 
 
