@@ -5918,6 +5918,8 @@ RUNS_LOOKED_AT = 10_000  # outcomes, failures included, among which the latest r
 HISTORY_PAGE = """SELECT seq, created_at, domain, success, execution_time, context FROM outcome_records
   WHERE handler IS NOT DISTINCT FROM :handler AND created_at <= :at AND (created_at < :at OR seq < :seq)
   ORDER BY created_at DESC, seq DESC LIMIT :n"""
+COMMAND_OUTCOMES = """SELECT created_at, success, execution_time, context FROM outcome_records
+  WHERE handler IS NULL AND domain = :domain AND json(context) ->> 'goal' = :goal AND created_at >= :since AND success = 1 ORDER BY created_at DESC LIMIT :n"""
 NEXT_NAME = "SELECT MIN(handler) AS name FROM outcome_records WHERE handler > :after"
 PAGE = 2000
 
@@ -5968,10 +5970,7 @@ def runs_of(reader: Reader, handler: str) -> list[Run]:
 
 def runs_of_command(reader: Reader, domain: str, goal: str) -> list[Run]:
     """Those for a command in the foreground, which has no name: earlier ones of the same domain and goal, which by default is its own words."""
-    part = to_json(goal)
-    alike = (row for row in outcomes_of(reader, None, RUNS_LOOKED_AT)
-             if row["domain"] == domain and part in row["context"] and context_of(row["context"])["goal"] == goal)  # fmt: skip
-    return latest_runs(alike, MAX_RUNS)
+    return latest_runs(reader.all(COMMAND_OUTCOMES, domain=domain, goal=goal, since=0, n=RUNS_LOOKED_AT), MAX_RUNS)
 
 
 def recorded_names(reader: Reader) -> Iterator[str]:
@@ -6373,8 +6372,6 @@ DURATIONS_OF = """WITH RECURSIVE spans (at) AS (SELECT :newest UNION ALL SELECT 
 CORRECTIONS_OF = f"""WITH RECURSIVE hours (at) AS (SELECT :newest UNION ALL SELECT at - {HOUR} FROM hours WHERE at > :oldest)
   SELECT h.at - h.at % :span AS at, CAST(c.word AS INTEGER) AS bucket, SUM(c.n) AS n FROM hours h CROSS JOIN outcome_tallies c
   WHERE c.starts_at = h.at AND c.task_type = :kind AND c.kind = 'duration' GROUP BY h.at - h.at % :span, c.word"""
-COMMAND_OUTCOMES = """SELECT context FROM outcome_records WHERE handler IS NULL AND domain = :domain AND json(context) ->> 'goal' = :goal
-    AND created_at >= :since AND success = 1 ORDER BY created_at DESC LIMIT :n"""
 KEEP_DURATIONS = """INSERT INTO handler_forecasts (handler, runs, mean_ms, sd_ms, p50_ms, p90_ms, p95_ms, histogram, completed, made_at)
   VALUES (:handler, :runs, :mean_ms, :sd_ms, :p50_ms, :p90_ms, :p95_ms, :histogram, :completed, :made_at)
   ON CONFLICT (handler) DO UPDATE SET runs = excluded.runs, mean_ms = excluded.mean_ms, sd_ms = excluded.sd_ms, p50_ms = excluded.p50_ms,

@@ -380,9 +380,12 @@ def test_an_automatic_sla_is_a_number_with_its_basis(place: Place, module: Any) 
 
 
 def test_a_foreground_command_learns_from_its_own_runs(place: Place) -> None:
-    """Runs of the same goal are the basis; another goal has none yet, and is refused before anything runs."""
+    """Runs of the same goal are the basis, however many others there were since; another goal has none yet, and is refused before anything runs."""
     for _ in range(10):
         place.ok("run", "--", "true")
+    place.sql("""WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 12000)
+      INSERT INTO outcome_records (task_id, action_type, domain, success, execution_time, context, created_at)
+      SELECT 'other' || i, 'intent_general', 'general', 1, 5.0, '{"goal":"other"}', (SELECT MAX(created_at) FROM outcome_records) FROM n""")
     task = json.loads(place.ok("run", "--sla", "auto", "--json", "--", "true").out)
     assert task["sla_ms"] is not None and task["status"] == "completed"
     refused = place.call("run", "--sla", "auto", "--", "touch", "never")
