@@ -5819,12 +5819,12 @@ MILLION = 1_000_000
 
 
 def context_of(text: str) -> Row:
-    """The context of an outcome, with its measures; of one that somebody else has written anything may be missing."""
+    """The context of an outcome, with its measures as whole numbers; of one that somebody else has written anything may be missing."""
     value = json.loads(text)
     context: Row = value if isinstance(value, dict) else {}
     metrics = context.get("metrics")
     numbers = metrics.items() if isinstance(metrics, dict) else ()
-    return {"goal": None, "reason": None, **context, "metrics": {name: n for name, n in numbers if isinstance(n, (int, float))}}
+    return {"goal": None, "reason": None, **context, "metrics": {name: round(n) for name, n in numbers if isinstance(n, (int, float)) and abs(n) <= MAX_INSTANT}}
 
 
 def tally_outcome(tx: Tx, hour: int, task_type: str, domain: str, confidence: float | None, context: Row) -> None:
@@ -12648,9 +12648,9 @@ def learn_outcomes(app: App, handler: str | None, domain: str | None, success: b
     if handler is not None and not rows:
         refuse_unknown_name(store, handler)
     documents = [outcome_document(row) for row in rows[:limit]]
-    cells = [(d["created_at"], d["handler"] or "-", d["domain"], "ok" if d["success"] else printable(failure_word(d["context"])),
-              format_duration(None if d["execution_time"] is None else 1000 * d["execution_time"]), printable(d["context"]["goal"]))
-             for d in documents]  # fmt: skip
+    cells = [(d["created_at"], d["handler"] or "-", d["domain"], "ok" if d["success"] else printable(failure_word(context)),
+              format_duration(None if d["execution_time"] is None else 1000 * d["execution_time"]), printable(str(context["goal"] or "-")))
+             for d, context in zip(documents, (context_of(row["context"]) for row in rows), strict=False)]  # fmt: skip
     app.show(documents, lambda: show_table(("ENDED", "HANDLER", "DOMAIN", "RESULT", "TOOK", "GOAL"), cells, "no outcomes"))
 
 
@@ -12785,17 +12785,27 @@ def learn_import(app: App, file: str, domain: str, dry_run: bool) -> None:
 
     Keys: name, start, end, success; if you like: domain, goal, confidence, reason, attempts. start and end are RFC 3339 with an offset, or seconds
     since 1970. A run that was imported before is known again and not counted twice: whatever its line says makes its identity."""
+    store = app.store()
+    try:
+        report = import_checked(store, past_runs(file, domain, clock()), dry_run)
+    except OSError as error:
+        raise DatabaseError(f"cannot keep what is to be imported beside the database: {error.strerror}; nothing was imported") from None
+    if report["added"] > IMPORT_PIECE:
+        store.truncate_log()  # else each command to come reads all of it again
+    document = {**basis_document(report), "dry_run": dry_run}
+    app.show(document, lambda: show_imported(document))
+
+
+def import_checked(store: Store, runs: Iterable[Row], dry_run: bool) -> Row:
+    """Import the runs in one transaction; all are checked, and kept in a file, before anybody has to wait for the write lock.
+
+    OSError where that file has no room, even from closing it, which tries to write once more."""
     import tempfile
 
-    store = app.store()
     report: Row = {}
-    with tempfile.TemporaryFile(dir=os.path.dirname(store.path)) as spool:  # all lines are checked before anybody has to wait for the write lock
-        checked = shown_progress(past_runs(file, domain, clock()), "checking")
-        try:
-            spool.writelines(to_json(run).encode() + b"\n" for run in checked)
-            spool.flush()
-        except OSError as error:
-            raise DatabaseError(f"cannot keep what is to be imported beside the database: {error.strerror}; nothing was imported") from None
+    with tempfile.TemporaryFile(dir=os.path.dirname(store.path)) as spool:
+        spool.writelines(to_json(run).encode() + b"\n" for run in shown_progress(runs, "checking"))
+        spool.flush()
 
         def put(tx: Tx) -> None:
             spool.seek(0)
@@ -12806,10 +12816,7 @@ def learn_import(app: App, file: str, domain: str, dry_run: bool) -> None:
 
         with contextlib.suppress(_OnlyTriedError):
             store.write(put)
-    if report["added"] > IMPORT_PIECE:
-        store.truncate_log()  # else each command to come reads all of it again
-    document = {**basis_document(report), "dry_run": dry_run}
-    app.show(document, lambda: show_imported(document))
+    return report
 
 
 def past_runs(source: str, domain: str, now: int) -> Iterator[Row]:

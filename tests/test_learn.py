@@ -166,6 +166,49 @@ def test_hostile_text_in_a_run_is_shown_escaped(place: Place) -> None:
     assert (outcome["context"]["goal"], outcome["imported"], outcome["handler"]) == (text, True, "backup")
 
 
+def test_a_large_import_leaves_no_long_log_behind(place: Place, module: Any) -> None:
+    """Else each command to come would read all of it again, as long as somebody has the database open."""
+    runs = [run_of(now_of(module) - number * 60, 30, goal=str(number)) for number in range(6000)]
+    with contextlib.closing(module.Store(str(place.db))):
+        assert place.json("learn", "import", "-", stdin=lines(*runs))["added"] == 6000
+        assert Path(f"{place.db}-wal").stat().st_size < 100_000
+
+
+def test_an_import_that_has_no_room_is_one_clear_line(place: Place, module: Any) -> None:
+    """What is checked lies beside the database before anything is written; where that does not fit, nothing is imported."""
+    place.ok("status")
+    runs = lines(*[run_of(now_of(module) - number * 60, 30, goal="x" * 1000 + str(number)) for number in range(1000)])
+    limited = ["sh", "-c", 'ulimit -f 200; exec "$@"', "sh", GRACE, "learn", "import", "-"]  # a file may have 100 or 200 KiB
+    done = subprocess.run(limited, input=runs, env=place.environment, cwd=place.folder, capture_output=True, timeout=LIMIT, check=False)
+    assert (done.returncode, done.stdout) == (8, b"") and b"nothing was imported" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert place.json("learn", "outcomes") == []
+
+
+ODD_CONTEXTS = ("{}", "[]", "5", "null", '"x"', '{"metrics": 5}', '{"metrics": null}', '{"metrics": {"total_time_ms": "long"}}',
+                '{"metrics": {"total_time_ms": 1e999, "execution_time_ms": -1e999, "asleep_running_ms": 1}}', '{"metrics": {"execution_time_ms": true}}',
+                '{"metrics": {"attempt_number": 2.5}}', '{"goal": 5, "reason": {"a": [1]}, "metrics": {"total_time_ms": 1500.4, "asleep_running_ms": 0.5}}',
+                '{"status": 7, "exit_status": "x", "metrics": {"execution_time_ms": 1e300, "asleep_running_ms": 3}}')  # fmt: skip
+
+
+def test_outcomes_that_somebody_else_has_written_break_nothing(place: Place, module: Any) -> None:
+    """By the sqlite3 shell, with any JSON as context: shown, counted anew, and not believed where they make no sense."""
+    place.handler("work", "--sla", "5m", "--", "true")
+    place.ok("learn", "import", "-", stdin=lines(*steady(now_of(module), 11, 1.5, "work")))
+    for number, context in enumerate(ODD_CONTEXTS):
+        for success in (0, 1):
+            place.sql(f"""INSERT INTO outcome_records (task_id, action_type, handler, domain, success, execution_time, confidence_score, context, created_at)
+              VALUES ('odd{number}-{success}', 'intent_d', 'work', 'd{number}-{success}', {success}, 1.5, 0.5, '{context}', {module.clock() - 1000})""")
+    told = place.json("learn", "outcomes", "--since", "50m")
+    assert [row["context"] for row in told] == [json.loads(context) for context in ODD_CONTEXTS[::-1] for _ in (1, 0)]
+    assert len(place.ok("learn", "outcomes", "--since", "50m", "--success").out.splitlines()) == 1 + len(ODD_CONTEXTS)
+    assert place.json("doctor", "--recount")["rows_changed"]["outcome_tallies"] > 0
+    assert place.json("doctor", "--recount")["rows_changed"]["outcome_tallies"] == 0
+    basis = place.json("learn", "suggest-sla", "--handler", "work")
+    assert basis["runs"] == 11 + len(ODD_CONTEXTS) and 1000 < basis["sla_ms"] < 5000
+    for words in (("learn", "stats", "--handler", "work"), ("learn", "backtest"), ("sla", "rehearse", "--sla", "1s")):
+        place.ok(*words)
+
+
 # ---- statistics
 
 
@@ -354,6 +397,19 @@ def test_identical_durations(place: Place, module: Any, seconds: float) -> None:
         assert place.json("learn", "backtest", "--handler", "backup")["grace"]["coverage_rate"] == 1
 
 
+def test_a_suggestion_below_what_the_runs_took_says_why(place: Place, module: Any) -> None:
+    """Of late they are shorter: the rest is no reserve then, and is not called so."""
+    now = now_of(module)
+    place.handler("backup", "--", "true")
+    place.ok("learn", "import", "-", stdin=lines(*[run_of(now - 3600 * (400 - n), 600 if n < 200 else 60 + n % 5) for n in range(400)]))
+    assert place.json("learn", "suggest-sla", "--handler", "backup")["margin"] < 1
+    assert "of late they were shorter" in " ".join(place.ok("learn", "suggest-sla", "--handler", "backup").out.split())
+    shown = place.ok("learn", "suggest-sla", "--handler", "backup", "--apply").out
+    assert "before, it was -" in shown
+    again = place.json("learn", "suggest-sla", "--handler", "backup", "--apply")
+    assert again["previous_sla_ms"] == again["current_sla_ms"] == again["sla_ms"] and again["applied"] is True
+
+
 # ---- --sla auto
 
 
@@ -439,6 +495,54 @@ def test_a_running_daemon_adapts_again_after_its_interval(place: Place, module: 
     place.ok("handler", "add", "backup", "--sla", "20m", "--external", "--replace")
     assert (adapted(place)["sla_ms"], adapted(place)["adapted_sla_ms"]) == (1_200_000, None)
     assert place.events("learning.adapted")[-1]["payload"]["new_sla_ms"] == 1_200_000
+
+
+def test_a_daemon_that_runs_once_adapts_all_handlers(place: Place, module: Any) -> None:
+    """Where another daemon would take one a round, and each only once in the interval, whoever comes first."""
+    names = [f"backup{n}" for n in range(3)]
+    for name in names:
+        place.handler(name, "--sla", "10m", "--external")
+    place.ok("learn", "import", "-", stdin=lines(*[{**run, "name": name} for name in names for run in steady(now_of(module), 30)]))
+    place.ok("config", "set", "learn.adapt", "on")
+    place.ok("daemon", "--once")
+    assert [row["adapted_sla_ms"] for row in place.json("handler", "list")] == [300_000] * 3
+    assert sorted(event["payload"]["handler"] for event in place.events("learning.adapted")) == names
+
+
+def test_a_change_is_put_into_force_only_if_it_still_fits(place: Place, module: Any) -> None:
+    """What was reckoned before the transaction: not when somebody has begun meanwhile, turned it off, adapted it, or set another SLA; no event then."""
+    place.handler("backup", "--sla", "10m", "--external")
+    place.ok("learn", "import", "-", stdin=lines(*steady(now_of(module), 30)))
+    with contextlib.closing(module.Store(str(place.db))) as store:
+        assert store.write(module.begin_adapting) == [], "it is off"
+        place.ok("config", "set", "learn.adapt", "on")
+        assert store.write(module.begin_adapting) == ["backup"]
+        assert store.write(module.begin_adapting) == [], "another has begun"
+        change = store.read(lambda reader: module.wanted_adaptation(reader, "backup", module.clock()))
+        assert change["new_ms"] == 300_000
+
+        def put() -> bool:
+            return bool(store.write(lambda tx: module.adapt(tx, change)))
+
+        place.ok("config", "set", "learn.adapt", "off")
+        assert not put()
+        place.ok("config", "set", "learn.adapt", "on")
+        place.ok("handler", "add", "backup", "--sla", "20m", "--external", "--replace")
+        assert not put() and place.json("handler", "show", "backup")["adapted_sla_ms"] is None
+        place.ok("handler", "add", "backup", "--sla", "10m", "--external", "--replace")
+        assert put() and not put(), "it is the other one's now"
+    assert place.json("handler", "show", "backup")["adapted_sla_ms"] == 300_000
+    assert [event["payload"]["new_sla_ms"] for event in place.events("learning.adapted")] == [300_000]
+
+
+def test_a_clock_that_was_set_back_does_not_put_adapting_off(place: Place, module: Any) -> None:
+    """The last look lies in the future then: the next one is due at once."""
+    with contextlib.closing(module.Store(str(place.db))) as store:
+        place.ok("config", "set", "learn.adapt", "on")
+        store.write(module.begin_adapting)
+        last = int(store.value(module.GET_SETTING, name="_adapted_at"))
+        due = [module.adaptation_due(store, last + ms) for ms in (0, HOUR - 1, HOUR, -1, -DAY)]
+    assert due == [False, False, True, True, True]
 
 
 @pytest.mark.parametrize(("own", "before", "suggested", "after"), [

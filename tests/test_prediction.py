@@ -132,6 +132,17 @@ def test_a_change_of_level_is_followed_within_twenty_runs(module: Any, kind: str
         assert abs(mean(off)) < math.log(1.3) and max(map(abs, off)) < math.log(2), (seed, mean(off), max(map(abs, off)))
 
 
+def test_a_new_level_is_that_of_all_the_runs_which_show_it(module: Any) -> None:
+    """The one that gives the alarm among them: once it is noticed, half of them lie below what is expected next."""
+    predictor = module.Predictor(0.95)
+    shown = [round(8000 * 1.1**n) for n in range(9)]
+    for n, ms in enumerate([*(1000 + n % 7 for n in range(100)), *shown[:-1]]):
+        predictor.observe(START + n * MINUTE, ms)
+    assert predictor.median(START + DAY) < shown[0], "not noticed yet"
+    predictor.observe(START + 108 * MINUTE, shown[-1])
+    assert shown[4] <= predictor.median(START + DAY) <= shown[5]
+
+
 def test_the_hour_of_the_day_is_learnt_from_rare_runs(module: Any) -> None:
     """With a run an hour the slow hours of the night are told from the others, for the quantile and for the median."""
     runs = workload("nightly hours", 1, HOUR)
