@@ -25,6 +25,8 @@ import pytest
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it puts in the background; commands would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as nohup(1) starts what it is given
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 GRACE = str(Path(sys.executable).parent / "grace")
 ROOT = Path(__file__).resolve().parent.parent

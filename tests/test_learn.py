@@ -17,6 +17,7 @@ import pytest
 from tests.conftest import GRACE, LIMIT, ROOT, Place, need, until
 
 HOUR, DAY = 3_600_000, 86_400_000
+WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 
 
 def lines(*runs: dict[str, Any]) -> bytes:
@@ -111,7 +112,8 @@ GOOD = {"name": "backup", "start": "2026-01-05T10:00:00Z", "end": "2026-01-05T10
     ({"start": 1e300}, "start is"),
     ({"name": 'a "b"'}, "name is 1 to 64"), ({"name": "a\nb"}, "name is 1 to 64"), ({"name": 7}, "name is 1 to 64"), ({"name": "rescue"}, "grace's own"),
     ({"domain": "no such/name"}, "domain is 1 to 64"), ({"success": "yes"}, "true or false"), ({"confidence": 1.5}, "confidence is a number"),
-    ({"attempts": 0}, "attempts is a whole number"), ({"reason": ""}, "the reason"), ({"goal": ["x"]}, "the goal"), ({"speed": 3}, "'speed' is unknown"),
+    ({"attempts": 0}, "attempts is a whole number"), ({"attempts": 1001}, "from 1 to 1000"), ({"reason": ""}, "the reason"),
+    ({"goal": ["x"]}, "the goal is a text"), ({"speed": 3}, "'speed' is unknown"),
     ({"start": "1970-01-01T00:00:00Z"}, "longer than ten years")])  # fmt: skip
 def test_a_bad_line_is_named_and_nothing_is_imported(place: Place, change: dict[str, Any], said: str) -> None:
     """All or nothing: the line's number, what is wrong with it, exit 2."""
@@ -164,6 +166,32 @@ def test_hostile_text_in_a_run_is_shown_escaped(place: Place) -> None:
         assert "\x1b" not in place.ok(*words).out
     (outcome,) = place.json("learn", "outcomes")
     assert (outcome["context"]["goal"], outcome["imported"], outcome["handler"]) == (text, True, "backup")
+
+
+def test_whatever_a_line_says_makes_the_run(place: Place, module: Any) -> None:
+    """Two that differ in anything are two; what was added is told with its span, whatever the order of the lines."""
+    now = now_of(module)
+    one = run_of(now - 3600, 60, goal="a", domain="shop")
+    others = [{**one, "goal": "b"}, {**one, "domain": "mail"}, {**one, "reason": "r"}, {**one, "attempts": 2}, {**one, "confidence": 0.5}, {**one, "success": False}]
+    report = place.json("learn", "import", "-", stdin=lines(run_of(now - 9000, 60), run_of(now, 60), one, *others, run_of(now - 5000, 60)))
+    assert (report["added"], report["known"]) == (10, 0)
+    assert (report["first_at"], report["last_at"]) == (module.format_instant(round(now - 9060) * 1000), module.format_instant(round(now) * 1000))
+    assert report["largest"] == [{"name": "backup", "runs": 10}]
+
+
+def test_a_long_history_is_read_in_pages(place: Place, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is lost or read twice at their edges, though many ended in one instant; the latest come last, and no more than asked for."""
+    now = now_of(module)
+    runs = [run_of(now - 3600 * (number // 4), 10 + number, goal=str(number)) for number in range(13)]
+    place.ok("learn", "import", "-", stdin=lines(*runs))
+    with contextlib.closing(module.Store(str(place.db))) as store:
+        for page in (1, 2, 3, 4, 5, 2000):
+            monkeypatch.setattr(module, "PAGE", page)
+            taught = module.runs_of(store, "backup")
+            assert sorted(ms for _, ms in taught) == [1000 * (10 + number) for number in range(13)] and taught == sorted(taught, key=lambda run: run[0])
+            for most in (1, 5, 6, 12, 50):
+                assert [row["seq"] for row in module.outcomes_of(store, "backup", most)] == [row["seq"] for row in module.outcomes_of(store, "backup", 50)][:most]
+        assert module.latest_runs(module.outcomes_of(store, "backup", 50), 4) == taught[-4:]
 
 
 def test_a_large_import_leaves_no_long_log_behind(place: Place, module: Any) -> None:
@@ -294,6 +322,84 @@ def test_time_asleep_and_interrupted_runs_are_left_out(past: Past, place: Place,
     assert said["p99_execution_ms"] == pytest.approx(20_000, rel=0.025)
     basis = place.json("learn", "suggest-sla", "--handler", "work")
     assert (basis["runs"], basis["quantile_ms"]) == (13, 20_000)
+
+
+def test_sleep_is_taken_from_what_it_delayed(past: Past, place: Place, module: Any) -> None:
+    """Asleep while it waited: the run took what it took, but the SLA's clock is cleared of it; in the half of the handler's history where it happened."""
+    g, hour = module, module.clock() // HOUR * HOUR
+
+    def slept(at: int, total: int, wait: int, domain: str) -> None:
+        past.store.write(lambda tx: tx.run(g.NOTE_SLEEP, now=at + 95_000, asleep=90_000))
+        past.task(at, total, wait, domain=domain)
+
+    for day in range(20, 15, -1):
+        past.task(hour - day * DAY, 10_000, domain="a")
+    for number in range(3):  # late in the history of the handler, but long before all of the domain b
+        slept(hour - 8 * DAY + number * 600_000, 100_000, 0, "a")
+    for number in (3, 2):
+        past.task(hour - number * DAY, 10_000, domain="b")
+    said = place.json("learn", "stats", "--handler", "work")
+    assert said["runs"] == 10 and said["avg_execution_ms"] == pytest.approx(10_000) and said["trend_ratio"] == pytest.approx(1, rel=0.05)
+    day = next(row for row in said["by_weekday"] if row["weekday"] == WEEKDAYS[(hour // DAY - 8 + 3) % 7])
+    assert day["avg_execution_ms"] == pytest.approx(10_000) and said["p99_execution_ms"] == pytest.approx(10_000, rel=0.025)
+    slept(hour - DAY, 110_000, 100_000, "b")
+    assert place.json("learn", "stats", "--handler", "work")["avg_execution_ms"] == pytest.approx(10_000)
+    assert place.json("learn", "suggest-sla", "--handler", "work")["quantile_ms"] == 20_000
+
+
+def test_a_run_that_slept_and_was_interrupted_counts_nowhere(past: Past, place: Place, module: Any) -> None:
+    """Its time says nothing, not even without the sleep."""
+    g, now = module, module.clock() - DAY
+    past.task(now - HOUR, 10_000)
+
+    def interrupted(tx: Any) -> None:
+        tx.now = now
+        task_id = g.submit(tx, [{"goal": "g", "handler": "work"}])[0]["task_id"]
+        for ms, outcome in ((500_000, "interrupted"), (700_000, "completed")):
+            taken = g.take(tx, task_id, "w")
+            g.start(tx, taken, 1, None, None)
+            tx.now += ms
+            if outcome == "completed":
+                tx.run(g.NOTE_SLEEP, now=tx.now - 1000, asleep=90_000)
+            g.end_attempt(tx, task_id, taken["attempt_id"], {"outcome": outcome})
+
+    past.store.write(interrupted)
+    said = place.json("learn", "stats", "--handler", "work")
+    assert (said["completed"], said["runs"], said["avg_execution_ms"]) == (2, 1, 10_000)
+
+
+def test_statistics_are_of_one_domain_when_asked_and_never_of_rescues(past: Past, place: Place, module: Any) -> None:
+    """The same figures as its line among all; a rescue is nobody's outcome."""
+    hour = module.clock() // HOUR * HOUR
+    for number in range(8):
+        past.task(hour - number * HOUR - 60_000, 1000 * (number + 1), domain=("shop", "mail")[number % 2], confidence=1.0)
+    past.store.write(lambda tx: module.add_sums(tx, hour, "rescue", "shop", 0, (1,) * len(module.METRIC_SUMS), 0))
+    rows = {row["domain"]: row for row in place.json("learn", "stats")}
+    assert set(rows) == {"shop", "mail"} and {row["handler"] for row in rows.values()} == {"work"}
+    for domain, row in rows.items():
+        only = place.json("learn", "stats", "--handler", "work", "--domain", domain)
+        assert {name: only[name] for name in row} == row and row["ended"] == 4 and only["domains"] == [row]
+    assert rows["shop"]["avg_execution_ms"] == 4000 and rows["mail"]["avg_execution_ms"] == 5000
+    assert [(row["stated_from"], row["stated_to"], row["runs"]) for row in rows["shop"]["calibration"]] == [(0.9, 1.0, 4)]
+
+
+def test_a_trend_needs_five_runs_in_each_half(module: Any) -> None:
+    """The later median by the earlier one."""
+    facts = module.Facts()
+    facts.add_duration(0, module.bucket_of(100), 5)
+    facts.add_duration(1, module.bucket_of(300), 4)
+    assert module.trend_ratio(facts) is None
+    facts.add_duration(1, module.bucket_of(300), 1)
+    assert module.trend_ratio(facts) == pytest.approx(3, rel=0.05)
+
+
+def test_stated_confidence_falls_into_its_tenth(past: Past, place: Place, module: Any) -> None:
+    """On the edge it belongs to the upper one, but for 1."""
+    stated = (0.0, 0.05, 0.1, 0.29, 0.3, 0.6, 0.7, 0.99, 1.0)
+    for number, confidence in enumerate(stated):
+        past.task(module.clock() - (number + 1) * 60_000, 1000, confidence=confidence)
+    rows = place.json("learn", "stats", "--handler", "work")["calibration"]
+    assert [(row["stated_from"], row["runs"]) for row in rows] == [(0.0, 2), (0.1, 1), (0.2, 1), (0.3, 1), (0.6, 1), (0.7, 1), (0.9, 2)]
 
 
 def test_one_handler_is_a_page_of_eighty_columns(past: Past, place: Place, module: Any) -> None:
@@ -444,8 +550,38 @@ def test_a_foreground_command_learns_from_its_own_runs(place: Place) -> None:
       SELECT 'other' || i, 'intent_general', 'general', 1, 5.0, '{"goal":"other"}', (SELECT MAX(created_at) FROM outcome_records) FROM n""")
     task = json.loads(place.ok("run", "--sla", "auto", "--json", "--", "true").out)
     assert task["sla_ms"] is not None and task["status"] == "completed"
+    assert place.call("run", "--sla", "auto", "--domain", "other", "--", "true").status == 125
+    assert place.call("run", "--sla", "auto", "--goal", "completed", "--", "true").status == 125, "a word of every outcome, and no goal so far"
     refused = place.call("run", "--sla", "auto", "--", "touch", "never")
     assert refused.status == 125 and "0 successful runs of this goal" in refused.err and not (place.folder / "never").exists()
+
+
+def test_an_automatic_sla_is_for_the_hour_of_its_start(place: Place, module: Any) -> None:
+    """Nights are slow: who submits for the night gets more, in one batch too, where each kind of work has its own."""
+    noon = module.clock() // DAY * DAY // 1000 - 43_200
+    for name, factor in (("backup", 1), ("quick", 0.1)):
+        place.handler(name, "--", "true")
+        runs = [run_of(noon - 3600 * n, factor * (500 if (noon // 3600 - n) % 24 in (1, 2, 3) else 50) * (1 + n % 7 / 20), name) for n in range(600)]
+        place.ok("learn", "import", "-", stdin=lines(*runs))
+    day = module.clock() // DAY * DAY + 2 * DAY
+    wanted = [(name, hour) for name in ("backup", "quick") for hour in (2, 14)]
+    batch = [{"goal": "g", "handler": name, "sla": "auto", "at": module.format_instant(day + hour * HOUR)} for name, hour in wanted]
+    bases = [answer["sla_basis"] for answer in place.ok("submit-intent", "--batch", "-", "--json", stdin=lines(*batch)).lines]
+    assert [basis["hour"] for basis in bases] == [2, 14, 2, 14]
+    night, noon_ms, quick_night, quick_noon = (basis["sla_ms"] for basis in bases)
+    assert night > 3 * noon_ms and quick_night > 3 * quick_noon and noon_ms > 3 * quick_noon
+    alone = place.json("submit-intent", "g", "--handler", "backup", "--sla", "auto", "--at", module.format_instant(day + 2 * HOUR))
+    assert alone["sla_basis"] == bases[0]
+
+
+def test_an_automatic_sla_is_as_cautious_as_it_says(module: Any) -> None:
+    """Of few runs more is asked than of many."""
+    chance = random.Random(3)
+    runs = [(1_790_000_000_000 + n * HOUR, round(60_000 * math.exp(chance.gauss(0, 0.5)))) for n in range(40)]
+    basis = module.auto_sla(runs, 0.8, runs[-1][0])
+    assert basis["percentile"] == 80 and 85 < basis["cautious_percentile"] < 95
+    assert basis["sla_ms"] == module.round_up(module.predict_duration(runs, basis["cautious_percentile"] / 100, runs[-1][0]))
+    assert basis["sla_ms"] > module.round_up(module.predict_duration(runs, 0.8, runs[-1][0]))
 
 
 # ---- SLAs that follow
@@ -617,6 +753,26 @@ def test_a_replay_says_whether_it_would_have_predicted(place: Place, module: Any
     assert place.call("learn", "backtest", "--handler", "nobody").status == 3
 
 
+@pytest.mark.parametrize(("kept", "losses", "said"), [
+    ((0.95, 0.95, 0.95), (3, 2, 1), "the mean of the last ten did best"), ((0.94, 0.93, 0.5), (2, 3, 1), "grace did best"),
+    ((0.929, 0.93, 0.9), (1, 3, 2), "the fixed 5s did best"), ((0.9, 0.92, 0.1), (1, 2, 3), "none kept 95.0 %")])  # fmt: skip
+def test_the_verdict_of_a_replay(module: Any, kept: tuple[float, ...], losses: tuple[int, ...], said: str) -> None:
+    """The least loss, among those that kept the promise within two points."""
+    ways = zip(("grace", "fixed", "mean_of_last_ten"), kept, losses, strict=True)
+    document = {"fixed_ms": 5000, "rate": 0.95, **{way: {"coverage_rate": rate, "pinball_loss_ms": loss} for way, rate, loss in ways}}
+    assert module.backtest_verdict(document) == said
+
+
+def test_a_replay_takes_as_many_runs_as_asked(place: Place, module: Any) -> None:
+    """More than a prediction looks at; the verdict stands below."""
+    place.ok("learn", "import", "-", stdin=lines(*steady(now_of(module), 2100)))
+    assert place.json("learn", "backtest", "--handler", "backup")["recorded_runs"] == 2100
+    assert place.json("learn", "backtest", "--handler", "backup", "--limit", "60")["recorded_runs"] == 60
+    assert re.search(r"^backup: .* did best$", place.ok("learn", "backtest", "--limit", "60").out, re.MULTILINE)
+    (row,) = place.json("learn", "suggest-sla")
+    assert (row["runs"], row["missing_runs"]) == (2000, 0)
+
+
 def test_replays_of_nothing(place: Place) -> None:
     """An empty history has clear words everywhere."""
     for words in (("learn", "stats"), ("learn", "outcomes"), ("learn", "suggest-sla"), ("learn", "backtest"), ("sla", "rehearse")):
@@ -643,6 +799,37 @@ def test_a_rehearsal_counts_what_the_ladder_would_have_done(past: Past, place: P
     assert tried["tasks"] == 60 and tried["rehearsed"]["violations"] == sum(total >= 30_000 for _, total in tasks)
     assert place.json("sla", "rehearse", "--since", "10m")["handlers"] == []
     assert place.call("sla", "rehearse", "--warn-at", "1", "--critical-at", "1").status == 2
+
+
+def test_what_happens_at_a_threshold_itself(past: Past, place: Place, module: Any) -> None:
+    """Counted as the ladder does: at it, not behind it. The lead is what a warning would have come before the deadline, on average."""
+    now = module.clock() // 1000 * 1000 - DAY
+    for number, total in enumerate((4999, 5000, 9999, 10_000, 14_999, 15_000)):
+        past.task(now - number * HOUR, total, sla_ms=10_000)
+    (row,) = place.json("sla", "rehearse", "--warn-at", "0.5", "--critical-at", "1.5", "--handler", "work")["handlers"]
+    assert row["rehearsed"] == {"warnings": 5, "violations": 3, "criticals": 1}
+    assert (row["useful_warnings"], row["false_warnings"], row["useful_rate"], row["lead_ms"]) == (3, 2, 0.6, 5000)
+    (row,) = place.json("sla", "rehearse", "--warn-at", "0.9", "--critical-at", "1.5")["handlers"]
+    assert row["lead_ms"] == 1000 and row["fired"] == {"warnings": 4, "violations": 3, "criticals": 0}
+
+
+def test_a_rehearsal_of_several_handlers_and_of_imported_runs(past: Past, place: Place, module: Any) -> None:
+    """By their own thresholds where none are named, with a line for all; an SLA can be tried on runs that had none."""
+    now = module.clock() - DAY
+    place.handler("keen", "--warn-at", "0.2", "--critical-at", "4", "--", "true")
+    for number in range(4):
+        past.task(now - number * HOUR, 3000 + 3000 * number, sla_ms=10_000)
+        past.task(now - number * HOUR, 3000 + 3000 * number, sla_ms=10_000, handler="keen")
+    place.ok("learn", "import", "-", stdin=lines(*[run_of(now / 1000 - n, 5 + n, "elsewhere") for n in range(10)]))
+    document = place.json("sla", "rehearse")
+    assert [(row["handler"], row["warn_at"], row["critical_at"], row["rehearsed"]["warnings"]) for row in document["handlers"]] == [
+        ("keen", 0.2, 4, 4), ("work", 0.8, 2, 2)]  # fmt: skip
+    total = document["total"]
+    assert (total["tasks"], total["rehearsed"]["warnings"], total["useful_warnings"], total["false_warnings"]) == (8, 6, 2, 4)
+    assert total["useful_rate"] == pytest.approx(2 / 6) and "all" in place.ok("sla", "rehearse").out
+    (row,) = place.json("sla", "rehearse", "--sla", "10s", "--handler", "elsewhere")["handlers"]
+    assert (row["tasks"], row["rehearsed"]["violations"]) == (10, 5)
+    assert place.call("sla", "rehearse", "--warn-at", "0.9", "--critical-at", "0.9").status == 2
 
 
 def test_a_clock_that_was_set_back_breaks_nothing(past: Past, place: Place, module: Any) -> None:
