@@ -249,6 +249,18 @@ def test_an_empty_database_has_figures(place: Place) -> None:
     assert place.json("doctor", "--recount")["differences"] == []
 
 
+def test_what_is_to_come_is_not_old(place: Place, module: Any) -> None:
+    """The oldest queued task is the oldest that could run; a clock that was set back makes none younger than nothing."""
+    place.handler("work", "--external")
+    place.submit("later", "--handler", "work", "--in", "1h")
+    assert (place.json("dashboard", "stats")["queued_tasks"], place.json("dashboard", "stats")["longest_queued_ms"]) == (1, None)
+    place.submit("now", "--handler", "work")
+    with contextlib.closing(module.Store(str(place.db))) as store:
+        oldest = store.value(module.OLDEST_QUEUED)
+        told = [store.read(lambda reader, now=oldest + ms: module.queue_counters(reader, now))["longest_queued_ms"] for ms in (-5000, 0, 70)]
+    assert told == [0, 0, 70]
+
+
 # ---- metrics
 
 
@@ -315,6 +327,15 @@ def test_label_values_are_escaped(place: Place, module: Any) -> None:
     assert samples[("grace_domain_tasks_ended_total", ("domain", odd, "status", "completed"))] == 79
 
 
+def test_metrics_of_handlers_are_of_those_that_exist(place: Place, module: Any) -> None:
+    """A label that anything else could fill would grow without end; commands in the foreground have no handler."""
+    lively(place)
+    with contextlib.closing(module.Store(str(place.db))) as store:
+        store.write(lambda tx: tx.run("INSERT INTO task_counts VALUES ('', 'running', 'normal', 0, 1), ('gone', 'queued', 'normal', 0, 2)"))
+        samples = metrics(module.prometheus_text(store, DAY))
+    assert {labels[1] for name, labels in samples if name == "grace_handler_tasks"} == {"work"}
+
+
 def test_metrics_are_written_to_a_file_whole_or_not_at_all(place: Place) -> None:
     """Readable for the collector, replaced in one step, and nothing left beside it; a file that cannot be written is one clear line."""
     lively(place)
@@ -346,14 +367,20 @@ def test_metrics_are_written_to_what_is_no_file_and_through_a_link(place: Place)
     words = ("dashboard", "stats", "--prometheus", "--output")
     pipe, real, link = place.folder / "pipe.prom", place.folder / "real.prom", place.folder / "link.prom"
     os.mkfifo(pipe)
-    process = place.start(*words, str(pipe))
-    assert metrics(pipe.read_text())[("grace_tasks_queued", ())] == 3
-    assert process.wait(LIMIT) == 0 and stat.S_ISFIFO(pipe.lstat().st_mode)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)  # else a file in its place would be waited for without end
+    assert place.start(*words, str(pipe)).wait(LIMIT) == 0 and stat.S_ISFIFO(pipe.lstat().st_mode)
+    assert metrics(os.read(reader, 1 << 20).decode())[("grace_tasks_queued", ())] == 3
+    os.close(reader)
     real.write_text("old")
     link.symlink_to(real.name)
     place.ok(*words, str(link))
     assert link.is_symlink() and not real.is_symlink() and metrics(real.read_text())[("grace_tasks_queued", ())] == 3
     assert metrics(place.ok(*words, "/dev/stdout").out)[("grace_tasks_queued", ())] == 3
+    log = place.folder / "log"
+    log.write_text("before\n")
+    with open(log, "ab") as out:
+        assert place.start(*words, "/dev/stdout", stdout=out).wait(LIMIT) == 0
+    assert log.read_text().startswith("before\n# HELP")
     full = place.folder / "full.prom"
     full.symlink_to("/dev/full")
     done = place.call(*words, str(full))
@@ -441,6 +468,10 @@ def test_health_counts_the_time_without_any_daemon(place: Place) -> None:
     task_id = place.submit("g", "--handler", "work")[1]
     place.sql(f"UPDATE htm_tasks SET queued_at = queued_at - 1800000 WHERE task_id = '{task_id}'")
     assert 0 < until(lambda: alerts_of(place).get("no_daemon"), "the missing daemon to be noticed")["figure"] < LIMIT * 1000
+    place.ok("task", "cancel", task_id)
+    place.sql("UPDATE workers SET stopped_at = stopped_at - 7200000")
+    place.submit("came long after", "--handler", "work")
+    assert 0 < until(lambda: alerts_of(place).get("no_daemon"), "the missing daemon to be noticed")["figure"] < LIMIT * 1000
 
 
 def test_health_asks_for_more_workers_only_when_they_would_help(place: Place) -> None:
@@ -477,7 +508,8 @@ def test_health_and_explain_say_that_a_worker_has_died(place: Place) -> None:
     (place.folder / "go").touch()
     with place.daemon("--workers", "1"):
         place.until_status(task_id, "completed")
-    assert "lost_tasks" not in alerts_of(place)
+    alert = alerts_of(place)["recoveries"]
+    assert "lost_tasks" not in alerts_of(place) and (alert["figure"], alert["threshold"], alert["level"]) == (1, 0, "degraded")
 
 
 def test_the_story_tells_an_error_where_it_happened(place: Place) -> None:
@@ -489,6 +521,57 @@ def test_the_story_tells_an_error_where_it_happened(place: Place) -> None:
     story = [step["text"] for step in place.json("task", "explain", task_id)["story"]]
     steps = [text.split(",")[0] for text in story if "exit status 3" in text]
     assert steps == ["running → queued", "running → failed"], story
+
+
+def test_health_looks_at_each_figure(place: Place, module: Any) -> None:
+    """A paused handler's queue, an old queue, a long log, impossible times, consent that is waited for: each by its own setting, warnings all."""
+    place.handler("paused", "--external")
+    place.submit("waits", "--handler", "paused")
+    place.ok("handler", "pause", "paused")
+    alert = alerts_of(place)["paused_tasks"]
+    assert (alert["figure"], alert["threshold"], alert["level"]) == (1, 0, "warning") and "resume" in alert["advice"]
+    place.ok("config", "set", "health.queue_age", "1ms")
+    assert 1 < alerts_of(place)["queue_age"]["figure"] < LIMIT * 1000
+    with contextlib.closing(module.Store(str(place.db))):
+        assert "wal_bytes" not in alerts_of(place)
+        place.ok("config", "set", "health.wal_bytes", "1024")
+        assert alerts_of(place)["wal_bytes"]["figure"] == (place.folder / "grace.db-wal").stat().st_size > 1024
+    task_id = place.submit("odd", "--handler", "paused", "--sla", "1h")[1]
+    place.sql(f"UPDATE htm_tasks SET set_aside = 'odd' WHERE task_id = '{task_id}'")
+    assert alerts_of(place)["set_aside"]["figure"] == 1
+    place.sql(f"UPDATE htm_tasks SET status = 'blocked', reason = 'waiting_consent' WHERE task_id = '{task_id}'")
+    assert alerts_of(place)["waiting_consent"]["figure"] == 1
+    health = place.json("dashboard", "health")
+    assert health["status"] == "warning" and {alert["code"] for alert in health["alerts"]} == {
+        "paused_tasks", "queue_age", "set_aside", "waiting_consent", *({"wal_bytes"} & {alert["code"] for alert in health["alerts"]})}  # fmt: skip
+
+
+def test_health_hears_that_a_daemon_says_nothing(place: Place) -> None:
+    """Longer than the setting, and than three of its heartbeats; how long it runs is told all the same."""
+    place.ok("config", "set", "daemon.heartbeat_every", "1h")
+    with place.daemon("--workers", "1"):
+        place.sql("UPDATE workers SET heartbeat_at = heartbeat_at - 10000000, started_at = started_at - 20000000")
+        health = place.json("dashboard", "health")
+        assert health["status"] == "healthy" and 20_000_000 < health["uptime_ms"] < 20_000_000 + LIMIT * 1000
+        place.sql("UPDATE workers SET heartbeat_at = heartbeat_at - 1000000")
+        alert = alerts_of(place)["daemon_silent"]
+    assert (alert["threshold"], alert["level"]) == (3 * HOUR, "critical") and 11_000_000 < alert["figure"] < 11_000_000 + LIMIT * 1000
+
+
+def test_health_counts_the_wait_of_what_a_daemon_may_run(place: Place, module: Any) -> None:
+    """An older task of an external or a paused handler makes ours no older, whether a daemon is missing or its slots are."""
+    for name, words in (("outside", ["--external"]), ("paused", ["--", "true"]), ("work", ["--", "true"])):
+        place.handler(name, *words)
+        task_id = place.submit("g", "--handler", name)[1]
+        if name != "work":
+            place.sql(f"UPDATE htm_tasks SET queued_at = queued_at - 3600000 WHERE task_id = '{task_id}'")
+    place.ok("handler", "pause", "paused")
+    place.ok("config", "set", "health.no_daemon", "1ms")
+    assert 0 < until(lambda: alerts_of(place).get("no_daemon"), "the missing daemon to be noticed")["figure"] < LIMIT * 1000
+    with contextlib.closing(module.Store(str(place.db))) as store:
+        now = module.clock()
+        assert module.longest_of_ours(store, ["work"], now) < LIMIT * 1000 and module.longest_of_ours(store, [], now) == 0
+        assert module.longest_of_ours(store, ["work"], now - DAY) == 0, "a clock that was set back"
 
 
 def test_health_judges_failures_only_when_enough_has_ended(place: Place) -> None:
@@ -537,6 +620,42 @@ def test_slow_compares_with_what_is_usual(place: Place, module: Any) -> None:
     assert first["usual_p95_ms"] == pytest.approx(60_000, rel=0.025) and first["times_usual"] == pytest.approx(1, rel=0.025)
     assert second["usual_p95_ms"] == first["usual_p95_ms"]
     assert "goal 11" in place.ok("dashboard", "slow").out and "stays" in place.ok("dashboard", "slow").out
+
+
+def test_what_is_usual_rests_on_ten_runs_of_the_last_week(place: Place, module: Any) -> None:
+    """Of ours: imported ones were measured elsewhere. The table says why there is none."""
+    history, real = History(module, place, 5), module.clock()
+    for number in range(20):
+        history.now = real - 6 * DAY if number < 10 else real - 8 * DAY - HOUR * number
+        history.write(lambda tx: module.submit(tx, [{"goal": "g", "handler": "work"}]))
+        task = history.write(lambda tx: module.claim_external(tx, ["work"], "w", DAY))
+        history.now += 1000 if number < 10 else 90_000
+        history.write(lambda tx: module.end_attempt(tx, task["task_id"], task["attempt_id"], {"outcome": "completed"}))  # noqa: B023 (called at once)
+        if number in (8, 9):
+            usual = history.store.read(lambda reader: module.usual_p95(reader, "work", real))
+            assert usual == (None if number == 8 else pytest.approx(1000, rel=0.025)), number
+    runs = "".join(json.dumps({"name": "work", "start": real / 1000 - 7000 - n, "end": real / 1000 - 60 - n, "success": True}) + "\n" for n in range(30))
+    place.ok("learn", "import", "-", stdin=runs.encode())
+    history.now = real
+    history.write(lambda tx: module.fold_hours(tx, tx.now - tx.now % HOUR))
+    assert history.store.read(lambda reader: module.usual_p95(reader, "work", real)) == pytest.approx(1000, rel=0.025)
+    assert history.store.read(lambda reader: module.usual_p95(reader, "stoic", real)) is None
+    history.store.close()
+    shown = place.ok("dashboard", "slow", "--window", "7d").out
+    assert "USUAL P95 -" not in shown
+    place.submit("new", "--handler", "slow")
+    place.ok("task", "claim", "--handler", "slow", "--worker", "w")
+    assert "USUAL P95 -: not known before 10 of the kind have completed within 7 days" in " ".join(place.ok("dashboard", "slow").out.split())
+
+
+@pytest.mark.parametrize(("total", "completed", "most", "bar"), [
+    (10, 10, 10, "##########"), (10, 9, 10, "#########-"), (1000, 999, 1000, "#########-"), (5, 0, 10, "-----"), (1, 1, 1000, "#"), (1, 0, 1000, "-")])
+def test_the_bar_of_an_hour_shows_every_failure(module: Any, monkeypatch: pytest.MonkeyPatch, total: int, completed: int, most: int, bar: str) -> None:
+    """As long as what ended, at least one sign; whatever failed is seen, and 100 % is said only when all is well."""
+    monkeypatch.setenv("NO_COLOR", "1")
+    shown = module.hour_bar({"total": total, "completed": completed}, most, 10)
+    assert shown.replace("█", "#").replace("░", "-") == bar
+    assert (module.whole_percent(completed / total) == "100%") is (completed == total)
 
 
 # ---- watching
@@ -660,6 +779,21 @@ def test_daemons_tell_the_figures_once_when_they_change(place: Place) -> None:
         assert all(one != other for one, other in itertools.pairwise(told)) and told[-1]["message"]
     lines = place.ok("events", "--topic", "htm.sla.stats").out.splitlines()
     assert len(lines) == len(told) and "queued" in lines[-1]
+
+
+def test_when_the_figures_are_told(place: Place, module: Any) -> None:
+    """When nine tenths of the interval are over and something has changed; the time that the oldest task waits, which grows by itself, is no news."""
+    lively(place)
+    with contextlib.closing(module.Store(str(place.db))) as store:
+        assert module.tell_statistics(store, MINUTE) is True and module.tell_statistics(store, 1) is True
+        assert len(statistics_events(place)) == 1, "nothing has changed but the clock"
+        at, told = store.value(module.GET_SETTING, name=module.STATS_MARK).split()
+        due = [store.read(lambda reader, ms=ms: module.stats_due(reader, int(at) + ms, MINUTE, "other")) for ms in (0, 53_999, 54_000, -1)]
+        assert due == [False, False, True, True], "a mark in the future is of a clock that was set back"
+        assert store.read(lambda reader: module.stats_due(reader, int(at) + DAY, MINUTE, told)) is None
+        place.ok("task", "cancel", place.submit("changes it", "--handler", "work")[1])
+        assert module.tell_statistics(store, HOUR) is False and len(statistics_events(place)) == 1
+        assert module.tell_statistics(store, 1) is True and len(statistics_events(place)) == 2
 
 
 def test_a_daemon_that_runs_once_tells_them_at_its_end(place: Place) -> None:
