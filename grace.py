@@ -5823,8 +5823,9 @@ def context_of(text: str) -> Row:
     value = json.loads(text)
     context: Row = value if isinstance(value, dict) else {}
     metrics = context.get("metrics")
-    numbers = metrics.items() if isinstance(metrics, dict) else ()
-    return {"goal": None, "reason": None, **context, "metrics": {name: round(n) for name, n in numbers if isinstance(n, (int, float)) and abs(n) <= MAX_INSTANT}}
+    named = metrics.items() if isinstance(metrics, dict) else ()
+    numbers = {name: round(n) for name, n in named if isinstance(n, (int, float)) and abs(n) <= MAX_INSTANT}
+    return {"goal": None, "reason": None, **context, "metrics": numbers}
 
 
 def tally_outcome(tx: Tx, hour: int, task_type: str, domain: str, confidence: float | None, context: Row) -> None:

@@ -172,7 +172,8 @@ def test_whatever_a_line_says_makes_the_run(place: Place, module: Any) -> None:
     """Two that differ in anything are two; what was added is told with its span, whatever the order of the lines."""
     now = now_of(module)
     one = run_of(now - 3600, 60, goal="a", domain="shop")
-    others = [{**one, "goal": "b"}, {**one, "domain": "mail"}, {**one, "reason": "r"}, {**one, "attempts": 2}, {**one, "confidence": 0.5}, {**one, "success": False}]
+    changes: tuple[dict[str, Any], ...] = ({"goal": "b"}, {"domain": "mail"}, {"reason": "r"}, {"attempts": 2}, {"confidence": 0.5}, {"success": False})
+    others = [{**one, **change} for change in changes]
     report = place.json("learn", "import", "-", stdin=lines(run_of(now - 9000, 60), run_of(now, 60), one, *others, run_of(now - 5000, 60)))
     assert (report["added"], report["known"]) == (10, 0)
     assert (report["first_at"], report["last_at"]) == (module.format_instant(round(now - 9060) * 1000), module.format_instant(round(now) * 1000))
@@ -190,7 +191,8 @@ def test_a_long_history_is_read_in_pages(place: Place, module: Any, monkeypatch:
             taught = module.runs_of(store, "backup")
             assert sorted(ms for _, ms in taught) == [1000 * (10 + number) for number in range(13)] and taught == sorted(taught, key=lambda run: run[0])
             for most in (1, 5, 6, 12, 50):
-                assert [row["seq"] for row in module.outcomes_of(store, "backup", most)] == [row["seq"] for row in module.outcomes_of(store, "backup", 50)][:most]
+                first, every = ([row["seq"] for row in module.outcomes_of(store, "backup", n)] for n in (most, 50))
+                assert first == every[:most]
         assert module.latest_runs(module.outcomes_of(store, "backup", 50), 4) == taught[-4:]
 
 
