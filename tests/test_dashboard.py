@@ -387,6 +387,16 @@ def test_metrics_are_written_to_what_is_no_file_and_through_a_link(place: Place)
     assert (done.status, done.out) == (8, "") and "No space left" in done.err and "Traceback" not in done.err and full.is_symlink()
 
 
+def test_metrics_for_a_reader_that_has_gone_end_quietly(place: Place) -> None:
+    """As any output does: it is no wrong call."""
+    link = place.folder / "link.prom"
+    link.symlink_to("/dev/stdout")
+    process = place.start("dashboard", "stats", "--prometheus", "--output", str(link))
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.wait(LIMIT) == 141 and process.stderr.read() == b""
+
+
 def test_metrics_again_and_again_go_to_a_file_only(place: Place) -> None:
     """Texts one after another are in no format; a file is replaced by the newer one."""
     lively(place)
@@ -572,6 +582,20 @@ def test_health_counts_the_wait_of_what_a_daemon_may_run(place: Place, module: A
         now = module.clock()
         assert module.longest_of_ours(store, ["work"], now) < LIMIT * 1000 and module.longest_of_ours(store, [], now) == 0
         assert module.longest_of_ours(store, ["work"], now - DAY) == 0, "a clock that was set back"
+
+
+def test_health_counts_from_the_last_sign_of_a_daemon_that_died(place: Place) -> None:
+    """It never said that it stopped: while it lived, old work did not wait for a daemon."""
+    place.handler("paused", "--", "true")
+    place.ok("handler", "pause", "paused")
+    place.ok("config", "set", "health.no_daemon", "1ms")
+    with place.daemon("--workers", "1") as daemon:
+        task_id = place.submit("g", "--handler", "paused")[1]
+        place.sql(f"UPDATE htm_tasks SET queued_at = queued_at - 3600000 WHERE task_id = '{task_id}'")
+        daemon.kill()
+        daemon.wait(LIMIT)
+    place.ok("handler", "resume", "paused")
+    assert 0 < until(lambda: alerts_of(place).get("no_daemon"), "the missing daemon to be noticed")["figure"] < LIMIT * 1000
 
 
 def test_health_judges_failures_only_when_enough_has_ended(place: Place) -> None:
@@ -809,6 +833,25 @@ def test_a_daemon_that_runs_once_tells_them_at_its_end(place: Place) -> None:
     assert len(statistics_events(place)) == 1, "the last one is younger than a minute"
     place.ok("daemon", "--once", "--workers", "1", "--stats-every", "1ms")
     assert [payload["completed_tasks"] for payload in statistics_events(place)] == [1, 2]
+
+
+def test_failures_whose_outcomes_are_gone_stay_counted(place: Place) -> None:
+    """Counting anew makes the tallies again only where all that they were counted from is there."""
+    lines = "".join(json.dumps({"name": "work", "start": 1000.0 + n, "end": 1001.0 + n, "success": False, "reason": "disk full"}) + "\n" for n in range(3))
+    place.ok("learn", "import", "-", stdin=lines.encode())
+    place.sql("DELETE FROM outcome_records WHERE seq = 1")
+    told = place.json("doctor", "--recount")
+    assert told["only_raised"] is True and told["rows_changed"]["outcome_tallies"] == 0
+    assert place.json("learn", "stats", "--handler", "work", "--since", "1970-01-01T00:00:00Z")["failures"] == [{"reason": "disk full", "n": 3}]
+
+
+def test_one_is_not_called_many(place: Place) -> None:
+    """In the lines for people."""
+    place.handler("work", "--external", "--on-critical", "none")
+    place.submit("late", "--handler", "work", "--sla", "10ms")
+    until(lambda: place.call("task", "claim", "--handler", "work", "--worker", "w").status == 6 and place.json("dashboard", "violations"), "a violation")
+    shown = place.ok("dashboard", "stats").out
+    assert re.search(r"\b1 violation now, 1 ever", shown) and not re.search(r"\b1 \w+s now", shown)
 
 
 def test_doctor_says_what_differed(place: Place) -> None:

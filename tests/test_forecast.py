@@ -539,7 +539,9 @@ def test_the_priority_of_a_task_that_exists(place: Place) -> None:
     refused = place.call("task", "priority", pressed, "low")
     assert refused.status == 4 and "stays at least critical" in refused.err and place.task(pressed)["priority"] == "critical"
     place.ok("task", "cancel", second)
-    assert place.call("task", "priority", second, "low").status == 4
+    for priority in ("low", "high"):
+        ended = place.call("task", "priority", second, priority)
+        assert ended.status == 4 and "has ended already (cancelled)" in ended.err
     assert place.call("task", "priority", "task_zzz", "low").status == 3 and place.call("task", "priority", first, "urgent").status == 2
 
 
@@ -940,6 +942,9 @@ def test_no_figure_is_cut_in_eighty_columns(place: Place, past: Past) -> None:
         assert len(shown) == 5, text
         assert [place.task(one)["task_id"] for one in shown] == ids
         assert sum(line.startswith("! ") for line in lines) == 4 and lines[-1] == "! and 2 more"
+        narrow = Terminal(place, "dashboard", "queued", env={"NO_COLOR": "1"}, columns=max(map(len, lines[1:6])) - 6).end()[1].splitlines()
+        rows = [re.fullmatch(rf"(task_\w+) +critical +{figure} +\d+% +{figure} +{figure} LATE +\S.*", line) for line in narrow[1:6]]
+        assert [row[1] for row in rows if row] == shown, narrow
         (place.folder / "go").touch()
 
 
@@ -991,6 +996,13 @@ def hostile(place: Place) -> Callable[[str], Place]:
         return place
 
     return spoil
+
+
+def test_counting_anew_makes_summaries_again(hostile: Callable[[str], Place], module: Any) -> None:
+    """What forecasts go by is summed up from what was counted, and is no longer believed when that is counted anew."""
+    place = hostile(f"('work', 99, 5.0, 0.0, 5.0, 5.0, 5.0, '[[41, 99]]', 0, {module.clock()})")
+    place.ok("doctor", "--recount")
+    assert place.sql("SELECT COUNT(*) FROM handler_forecasts") == [[0]]
 
 
 def test_a_summary_from_elsewhere_is_made_again_when_it_is_old(hostile: Callable[[str], Place]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import GRACE, LIMIT, ROOT, Place, need, until
+from tests.test_cli import Terminal
 
 HOUR, DAY = 3_600_000, 86_400_000
 WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
@@ -801,6 +802,15 @@ def test_a_rehearsal_counts_what_the_ladder_would_have_done(past: Past, place: P
     assert tried["tasks"] == 60 and tried["rehearsed"]["violations"] == sum(total >= 30_000 for _, total in tasks)
     assert place.json("sla", "rehearse", "--since", "10m")["handlers"] == []
     assert place.call("sla", "rehearse", "--warn-at", "1", "--critical-at", "1").status == 2
+
+
+def test_rehearsals_and_settings_are_read_in_eighty_columns(past: Past, place: Place, module: Any) -> None:
+    """No line is broken in the middle of a word by the terminal."""
+    for number in range(5):
+        past.task(module.clock() - (number + 1) * HOUR, 3000 * number, sla_ms=10_000)
+    for words in (("sla", "rehearse"), ("config", "list")):
+        status, text = Terminal(place, *words).end()
+        assert status == 0 and 60 < max(map(len, text.splitlines())) <= 80, text
 
 
 def test_what_happens_at_a_threshold_itself(past: Past, place: Place, module: Any) -> None:

@@ -201,6 +201,14 @@ def test_a_suggested_sla_holds_in_the_worst_hour(module: Any, every: int) -> Non
         assert 0.9 * nightly < module.suggest_sla(runs, 0.95, runs[-1][0])["sla_ms"] < 1.6 * nightly, seed
 
 
+def test_a_suggested_sla_goes_along_with_steady_growth(module: Any) -> None:
+    """Runs that get twice as long with each quarter of the history are to be longer than any so far, and are allowed for."""
+    chance = random.Random(1)
+    runs = [(START + n * HOUR, round(10_000 * 2 ** (n / 100) * chance.uniform(0.98, 1.02))) for n in range(500)]
+    sla = module.suggest_sla(runs[:400], 0.95, runs[399][0])["sla_ms"]
+    assert mean([float(ms <= sla) for _, ms in runs[400:]]) >= 0.95 and sla < 1.3 * runs[-1][1]
+
+
 @pytest.mark.parametrize("rate", [0.8, 0.99])
 def test_a_suggested_sla_holds_at_other_rates(module: Any, rate: float) -> None:
     """The same for a promise that is weaker, and for one that is stronger."""
@@ -429,7 +437,7 @@ def test_few_and_irregular_runs_suggest_nothing_absurd(module: Any, count: int) 
 
 def test_a_stricter_rate_never_asks_for_less(module: Any) -> None:
     """Whatever the history, the suggestion only rises with the rate."""
-    for kind in ("calm", "lognormal", "nightly hours", "all together"):
+    for kind in ("calm", "lognormal", "time of day", "nightly hours", "all together"):
         for count in (12, 52, 400):
             runs = workload(kind, 1, HOUR)[:count]
             asked = [module.suggest_sla(runs, rate, runs[-1][0])["sla_ms"] for rate in (0.5, 0.8, 0.9, 0.95, 0.97, 0.99, 0.999)]
@@ -449,6 +457,32 @@ def test_whole_seconds_are_no_reason_for_hours(module: Any) -> None:
     assert max(predicted) < 120_000
     result = module.backtest(runs, 0.95)
     assert result["grace"]["pinball_loss"] < 1.25 * result["fixed"]["pinball_loss"] and result["grace"]["coverage"] > 0.93
+
+
+def test_whole_seconds_are_soon_known(module: Any) -> None:
+    """Zeros and ones are no thousandfold apart: on average over the seeds, 150 runs lose no more than half again what the true quantile does."""
+    ratios = []
+    for seed in SEEDS:
+        chance, at, runs = random.Random(seed), START, []
+        for _ in range(150):
+            at += round(HOUR * chance.uniform(0.01, 1))
+            ms = 1000 * chance.randrange(2)
+            runs.append((at + ms, ms))
+        result = module.backtest(runs, 0.95, 1000)
+        ratios.append(result["grace"]["pinball_loss"] / result["fixed"]["pinball_loss"])
+    assert mean(ratios) < 1.5, ratios
+
+
+def test_short_runs_after_whole_seconds_have_their_hours(module: Any) -> None:
+    """What was learned while all were whole seconds is learned anew, so that a tenth of a second by day is told from half of one by night."""
+    for seed in SEEDS:
+        predictor = module.Predictor(0.95)
+        for n in range(3):
+            predictor.observe(START - (9 - n) * HOUR, 1000)
+        for end, ms in workload("time of day", seed, HOUR):
+            predictor.observe(end - ms, max(1, ms // 200))
+        slow, quick = (predictor.quantile(START // DAY * DAY + 900 * DAY + hour * HOUR) for hour in (6, 18))
+        assert 3.5 < slow / quick < 6.5, (seed, slow, quick)  # e ** 1.6 is 5
 
 
 def test_a_finer_clock_is_noticed(module: Any) -> None:
