@@ -734,6 +734,25 @@ def test_time_that_it_waited_for_another_intent_teaches_nothing(place: Place, mo
     assert 600_000 <= taught[0] < 603_000 and 4000 <= taught[1] < 6000
 
 
+def test_time_that_it_waited_for_consent_teaches(past: Past, module: Any) -> None:
+    """The next one has to wait for people, too: its SLA is to allow for that."""
+    g, start = module, module.clock() - DAY
+
+    def lived(tx: Any) -> None:
+        tx.now = start
+        task_id = g.submit(tx, [{"goal": "g", "handler": "work"}])[0]["task_id"]
+        parked = g.park(tx, g.get_task(tx, task_id))
+        tx.now = start + 600_000
+        g.changed_task(tx, parked, g.UNBLOCK, next_at=None)
+        taken = g.take(tx, task_id, "w")
+        g.start(tx, taken, 1, None, None)
+        tx.now = start + 605_000
+        g.end_attempt(tx, task_id, taken["attempt_id"], {"outcome": "completed"})
+
+    past.store.write(lived)
+    assert [ms for _, ms in g.runs_of(past.store, "work")] == [605_000]
+
+
 def test_commands_have_no_suggestion_of_their_own(place: Place) -> None:
     """They are told apart by what they do; whoever asks is told how."""
     for words in (("suggest-sla",), ("backtest",)):
