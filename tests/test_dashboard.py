@@ -503,7 +503,7 @@ def test_health_asks_for_more_workers_only_when_they_would_help(place: Place) ->
         (place.folder / "go").touch()
 
 
-def test_health_and_explain_say_that_a_worker_has_died(place: Place) -> None:
+def test_health_and_explain_say_that_a_worker_has_died(place: Place, module: Any) -> None:
     """Its task still shows as running; what it waits for is said, and is over once a daemon has looked after it."""
     shell(place, "long", "until test -e go; do sleep 0.05; done")
     with place.daemon("--workers", "1") as daemon:
@@ -513,6 +513,10 @@ def test_health_and_explain_say_that_a_worker_has_died(place: Place) -> None:
         daemon.wait(LIMIT)
     health = place.call("--json", "dashboard", "health")
     assert health.status == 1 and alerts_of(place)["lost_tasks"]["figure"] == 1 and "grace daemon" in alerts_of(place)["lost_tasks"]["advice"]
+    with contextlib.closing(module.Store(str(place.db))) as store:
+        figures = [module.health_figures(store, module.statistics_of(store, DAY), daemons, module.clock())["lost_tasks"]
+                   for daemons in ([], [{"heartbeat_at": module.clock()}])]  # fmt: skip
+    assert figures == [1, None], "a daemon that lives puts it back"
     told = place.json("task", "explain", task_id)
     assert (told["status"], [why["code"] for why in told["why"]]) == ("running", ["worker_died", "no_daemon"])
     (place.folder / "go").touch()

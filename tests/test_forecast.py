@@ -940,11 +940,18 @@ def test_no_figure_is_cut_in_eighty_columns(place: Place, past: Past) -> None:
         rows = [re.fullmatch(rf"(task_\w+) +critical +{figure} +\d+% +{figure} +{figure} LATE +the arc.*", line) for line in lines[1:6]]
         shown = [row[1] for row in rows if row]
         assert len(shown) == 5, text
-        assert [place.task(one)["task_id"] for one in shown] == ids
+        assert [place.task(one)["task_id"] for one in shown] == ids and len(shown[0]) < len(ids[0])
         assert sum(line.startswith("! ") for line in lines) == 4 and lines[-1] == "! and 2 more"
-        narrow = Terminal(place, "dashboard", "queued", env={"NO_COLOR": "1"}, columns=max(map(len, lines[1:6])) - 6).end()[1].splitlines()
+        width = lines[1].index("the arc") + 5
+        narrow = Terminal(place, "dashboard", "queued", env={"NO_COLOR": "1"}, columns=width).end()[1].splitlines()
         rows = [re.fullmatch(rf"(task_\w+) +critical +{figure} +\d+% +{figure} +{figure} LATE +\S.*", line) for line in narrow[1:6]]
-        assert [row[1] for row in rows if row] == shown, narrow
+        assert [row[1] for row in rows if row] == shown and max(map(len, narrow)) <= width, narrow
+        for task_id in ids:
+            place.ok("task", "cancel", task_id)
+        text = "".join(json.dumps({"goal": f"part {n}", "handler": "work"}) + "\n" for n in range(3))
+        alike = [row["task_id"] for row in place.ok("submit-intent", "--json", "--batch", "-", stdin=text.encode()).lines]
+        named = [line.split()[0] for line in Terminal(place, "dashboard", "queued", env={"NO_COLOR": "1"}).end()[1].splitlines()[1:4]]
+        assert [place.task(one)["task_id"] for one in named] == alike, "made in one instant, they begin alike, and more of each is shown"
         (place.folder / "go").touch()
 
 
