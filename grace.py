@@ -12675,7 +12675,7 @@ def learn_suggest(app: App, handler: str | None, rate: float | None, put: bool) 
         return
     refuse_commands(handler)
     basis = sla_suggestion(store, handler, aim, now)
-    if put or not basis["runs"]:
+    if not basis["runs"]:
         refuse_unknown_name(store, handler)
     if basis["sla_ms"] is None:
         raise ConflictError(f"{handler}: {counted(basis['runs'], 'successful run')} so far, and {MIN_RUNS} are needed; below that any SLA would be a guess",

@@ -648,6 +648,22 @@ def test_slow_compares_with_what_is_usual(place: Place, module: Any) -> None:
     assert first["usual_p95_ms"] == pytest.approx(60_000, rel=0.025) and first["times_usual"] == pytest.approx(1, rel=0.025)
     assert second["usual_p95_ms"] == first["usual_p95_ms"]
     assert "goal 11" in place.ok("dashboard", "slow").out and "stays" in place.ok("dashboard", "slow").out
+    place.sql("DELETE FROM outcome_records WHERE execution_time > 50")
+    (left,) = place.json("dashboard", "slow", "--limit", "1")["completed"]
+    assert left["execution_time_ms"] == 1010, "of what is left, though more was counted"
+
+
+def test_so_many_hours_with_this_one(place: Place, module: Any) -> None:
+    """The rows of just those, for programs; a line for each, for people."""
+    hour = module.clock() // HOUR * HOUR
+    with contextlib.closing(module.Store(str(place.db))) as store:
+        for number in range(6):
+            store.write(lambda tx, at=hour - number * HOUR: module.add_sums(tx, at, "work", "shop", 0, (1,) * len(module.METRIC_SUMS), 0))
+    for hours in (1, 2, 4):
+        wanted = {module.format_instant(at - number * HOUR) for at in (hour, hour + HOUR) for number in range(hours)}  # another may begin meanwhile
+        found = [row["starts_at"] for row in place.json("dashboard", "hourly", "--hours", str(hours))]
+        assert hours - 1 <= len(found) <= hours and set(found) <= wanted
+        assert len(place.ok("dashboard", "hourly", "--hours", str(hours)).out.splitlines()) == 1 + hours
 
 
 def test_what_is_usual_rests_on_ten_runs_of_the_last_week(place: Place, module: Any) -> None:
@@ -846,7 +862,19 @@ def test_failures_whose_outcomes_are_gone_stay_counted(place: Place) -> None:
     place.sql("DELETE FROM outcome_records WHERE seq = 1")
     told = place.json("doctor", "--recount")
     assert told["only_raised"] is True and told["rows_changed"]["outcome_tallies"] == 0
-    assert place.json("learn", "stats", "--handler", "work", "--since", "1970-01-01T00:00:00Z")["failures"] == [{"reason": "disk full", "n": 3}]
+    said = place.json("learn", "stats", "--handler", "work", "--since", "1970-01-01T00:00:00Z")
+    assert (said["failed"], said["failures"]) == (3, [{"reason": "disk full", "n": 3}])
+
+
+def test_counts_that_are_too_low_are_raised_to_what_is_left(place: Place) -> None:
+    """Where tasks have been deleted and a count is damaged as well."""
+    lively(place)
+    (task_id,) = place.sql("SELECT task_id FROM htm_tasks WHERE status = 'completed' LIMIT 1")[0]
+    place.sql(f"DELETE FROM htm_task_attempts WHERE task_id = '{task_id}'; DELETE FROM htm_tasks WHERE task_id = '{task_id}'")
+    place.sql("UPDATE task_counts SET n = CASE status WHEN 'completed' THEN 1 ELSE n END")
+    place.ok("doctor", "--recount")
+    stats = place.json("dashboard", "stats")
+    assert (stats["completed_tasks"], stats["failed_tasks"], stats["cancelled_tasks"], stats["queued_tasks"]) == (2, 1, 1, 3)
 
 
 def test_one_is_not_called_many(place: Place) -> None:
@@ -856,6 +884,10 @@ def test_one_is_not_called_many(place: Place) -> None:
     until(lambda: place.call("task", "claim", "--handler", "work", "--worker", "w").status == 6 and place.json("dashboard", "violations"), "a violation")
     shown = place.ok("dashboard", "stats").out
     assert re.search(r"\b1 violation now, 1 ever", shown) and not re.search(r"\b1 \w+s now", shown)
+    place.handler("keen", "--external", "--warn-at", "0.01")
+    place.submit("is warned of", "--handler", "keen", "--sla", "1m")
+    until(lambda: place.call("task", "claim", "--handler", "work", "--worker", "w") and place.json("dashboard", "stats")["warnings_issued"] == 2, "a warning")
+    assert place.json("dashboard", "stats")["active_violations"] == 1, "a warning is none"
 
 
 def test_doctor_says_what_differed(place: Place) -> None:

@@ -671,8 +671,12 @@ def test_a_change_is_put_into_force_only_if_it_still_fits(place: Place, module: 
         assert not put() and place.json("handler", "show", "backup")["adapted_sla_ms"] is None
         place.ok("handler", "add", "backup", "--sla", "10m", "--external", "--replace")
         assert put() and not put(), "it is the other one's now"
-    assert place.json("handler", "show", "backup")["adapted_sla_ms"] == 300_000
-    assert [event["payload"]["new_sla_ms"] for event in place.events("learning.adapted")] == [300_000]
+        assert store.read(lambda reader: module.wanted_adaptation(reader, "backup", module.clock())) is None, "half of the person's own is the end"
+        change = {**change, "adapted_sla_ms": 300_000, "new_ms": 400_000}
+        place.ok("handler", "add", "backup", "--sla", "5m", "--external", "--replace")
+        assert not put(), "what is in force is the same, but it is a person's, with other bounds"
+    assert place.json("handler", "show", "backup")["adapted_sla_ms"] is None
+    assert [event["payload"]["new_sla_ms"] for event in place.events("learning.adapted")] == [300_000, 300_000], "the second: a person's"
 
 
 def test_a_clock_that_was_set_back_does_not_put_adapting_off(place: Place, module: Any) -> None:
@@ -682,6 +686,9 @@ def test_a_clock_that_was_set_back_does_not_put_adapting_off(place: Place, modul
         store.write(module.begin_adapting)
         last = int(store.value(module.GET_SETTING, name="_adapted_at"))
         due = [module.adaptation_due(store, last + ms) for ms in (0, HOUR - 1, HOUR, -1, -DAY)]
+        for value in ("off", "on"):
+            place.ok("config", "set", "learn.adapt", value)
+        assert module.adaptation_due(store, last) is True, "whoever turns it on does not wait for the interval"
     assert due == [False, False, True, True, True]
 
 

@@ -156,6 +156,36 @@ def test_the_hour_of_the_day_is_learnt_from_rare_runs(module: Any) -> None:
     assert 3 < predictor.median(midnight + 2 * HOUR) / predictor.median(midnight + 14 * HOUR) < 6
 
 
+def test_the_hour_that_counts_is_that_of_the_start(module: Any) -> None:
+    """What begins at night takes five hours, and ends in the morning, when runs that begin take half an hour."""
+    chance = random.Random(2)
+    starts = [START // DAY * DAY + n * HOUR for n in range(24 * 60)]
+    runs = [(at + ms, ms) for at in starts for ms in [round(HOUR * (5 if at // HOUR % 24 in (1, 2, 3) else 0.5) * math.exp(chance.gauss(0, 0.1)))]]
+    night, morning = (module.predict_duration(runs, 0.95, starts[0] + 90 * DAY + hour * HOUR) for hour in (2, 7))
+    assert 4 * HOUR < night < 8 * HOUR and morning < HOUR
+
+
+@pytest.mark.parametrize("count", [10, 12, 19, 25])
+def test_few_runs_already_hold_the_promise(module: Any, count: int) -> None:
+    """The next of so many alike is kept as often as promised, on average over many histories: beyond the longest that few have shown, a tail is drawn on."""
+    kept = []
+    for seed in range(600):
+        chance, predictor = random.Random(f"{count} {seed}"), module.Predictor(0.95)
+        for n in range(count):
+            predictor.observe(START + n * HOUR, round(TYPICAL * math.exp(chance.gauss(0, 0.4))))
+        kept.append(float(TYPICAL * math.exp(chance.gauss(0, 0.4)) <= predictor.quantile(START + count * HOUR)))
+    assert 0.915 <= mean(kept) <= 0.985, mean(kept)
+
+
+def test_a_change_of_spread_is_followed(module: Any) -> None:
+    """Runs that have scattered for long become regular: a few hundred later, predictions are as narrow as they are, and wide again when they scatter."""
+    chance, predictor, asked = random.Random(7), module.Predictor(0.95), []
+    for n in range(5000):
+        asked.append(predictor.quantile(START + n * HOUR))
+        predictor.observe(START + n * HOUR, round(TYPICAL * math.exp(chance.gauss(0, 0.05 if 3000 <= n < 4000 else 1.0))))
+    assert mean(asked[3600:4000]) < 1.25 * TYPICAL and mean(asked[4400:]) > 3.5 * TYPICAL, (mean(asked[3600:4000]), mean(asked[4400:]))
+
+
 def test_hours_that_do_not_matter_do_not_count(module: Any) -> None:
     """Where nothing depends on the hour, all hours get nearly the same answer."""
     for seed in SEEDS:
@@ -172,6 +202,17 @@ def test_the_aim_follows_the_misses_within_bounds(module: Any) -> None:
         shorter.observe(START + n * MINUTE, round(10**9 * 0.96**n))
         same.observe(START + n * MINUTE, 1000)
     assert 0.95 < longer.aim <= 0.99 and 0.9 <= shorter.aim < 0.95 and same.aim == 0.95
+
+
+def test_the_aim_stays_within_reach_however_often_it_is_wrong(module: Any) -> None:
+    """A level of 1 could be asked of no scores, and one far below the rate would take long to come back from."""
+    predictor = module.Predictor(0.95)
+    for n in range(50):
+        predictor.observe(START + n * HOUR, 1000 + n)
+    for excess, least, most in ((1.0, 0.99, 0.99), (-1.0, 0.9, 0.9)):
+        for _ in range(10_000):
+            predictor._correct(excess)
+        assert least - 1e-9 <= predictor.aim <= most + 1e-9 and 1000 < predictor.quantile(START) <= 1.25 * 1049
 
 
 # ---- one SLA for all hours
@@ -222,7 +263,7 @@ def test_a_suggested_sla_holds_at_other_rates(module: Any, rate: float) -> None:
 def test_a_suggestion_says_what_it_rests_on(module: Any) -> None:
     """Runs, rate, plain quantile, margin and span; few runs ask for more margin than many."""
     runs = sorted(workload("calm", 1, HOUR))
-    row = module.suggest_sla(runs[:1000], 0.95, runs[999][0])
+    row = module.suggest_sla(runs[:1000], 0.95, runs[999][0] + DAY)
     assert row["runs"] == 1000 and row["percentile"] == 95
     assert (row["first_at"], row["last_at"], row["span_ms"]) == (runs[0][0], runs[999][0], runs[999][0] - runs[0][0])
     assert row["quantile_ms"] == module.plain_quantile([ms for _, ms in runs[:1000]], 0.95)
@@ -433,6 +474,12 @@ def test_few_and_irregular_runs_suggest_nothing_absurd(module: Any, count: int) 
             for rate in (0.8, 0.95, 0.99):
                 assert module.predict_duration(runs, rate, START + count * HOUR) <= 1.25 * longest + 1
                 assert module.suggest_sla(runs, rate, START + count * HOUR)["sla_ms"] <= (1.4 if count < 100 else 3) * longest + 1
+
+
+def test_few_regular_runs_ask_for_little_more(module: Any) -> None:
+    """A dozen within a second of a minute are no reason for a quarter more."""
+    runs = [(START + n * HOUR, 60_000 + n * 7919 % 1000) for n in range(12)]
+    assert 61_000 <= module.suggest_sla(runs, 0.95, START + DAY)["sla_ms"] <= 64_000
 
 
 def test_a_stricter_rate_never_asks_for_less(module: Any) -> None:
