@@ -5838,7 +5838,7 @@ def tally_outcome(tx: Tx, hour: int, task_type: str, domain: str, confidence: fl
         tx.tally(TALLY_OUTCOME, (*key, "failure", failure_word(context)), 1, 0, 0, 0)
     if confidence is not None:
         error = round((confidence - success) ** 2 * MILLION)
-        tx.tally(TALLY_OUTCOME, (*key, "confidence", str(min(9, int(confidence * 10 + 1e-9)))), 1, success, round(confidence * MILLION), error)
+        tx.tally(TALLY_OUTCOME, (*key, "confidence", str(min(9, int(confidence * 10)))), 1, success, round(confidence * MILLION), error)
     if metrics.get("attempt_number", 1) != 1:
         tx.tally(TALLY_OUTCOME, (*key, "attempts", str(metrics["attempt_number"])), 1, success, metrics["attempt_number"], 0)
     if success and metrics.get("execution_time_ms") is not None:

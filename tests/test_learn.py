@@ -440,6 +440,7 @@ def test_outcomes_are_filtered_and_newest_first(past: Past, place: Place, module
     assert [row["created_at"] for row in every] == sorted((row["created_at"] for row in every), reverse=True) and len(every) == 11
     assert set(every[0]) == {"task_id", "intent_id", "action_type", "handler", "domain", "success", "confidence_score", "execution_time", "context",
                              "created_at", "imported"}  # fmt: skip
+    assert {row["handler"]: row["execution_time"] for row in every if row["handler"]} == {"h0": 5, "h1": 5, "work": 1}, "in seconds"
     assert len(place.json("learn", "outcomes", "--failed")) == 3 and len(place.json("learn", "outcomes", "--success")) == 8
     assert {row["handler"] for row in place.json("learn", "outcomes", "--domain", "d1")} == {"h1"}
     assert len(place.json("learn", "outcomes", "--since", "100m")) == 3
