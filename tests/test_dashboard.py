@@ -640,9 +640,14 @@ def test_slow_compares_with_what_is_usual(place: Place, module: Any) -> None:
         history.write(lambda tx: module.end_attempt(tx, task["task_id"], task["attempt_id"], {"outcome": "completed"}))  # noqa: B023
     history.write(lambda tx: module.submit(tx, [{"goal": "stays", "handler": "slow"}]))
     history.write(lambda tx: module.claim_external(tx, ["slow"], "w", DAY))
+    history.now += 1000
+    history.write(lambda tx: module.submit(tx, [{"goal": "came later", "handler": "slow"}]))
+    history.write(lambda tx: module.claim_external(tx, ["slow"], "w", DAY))
     history.store.close()
+    assert [row["goal"] for row in place.json("dashboard", "slow", "--limit", "1")["running"]] == ["stays"]
     slow = place.json("dashboard", "slow", "--limit", "2")
-    assert [(row["goal"], row["status"], row["usual_p95_ms"], row["times_usual"]) for row in slow["running"]] == [("stays", "running", None, None)]
+    assert [(row["goal"], row["status"], row["usual_p95_ms"], row["times_usual"]) for row in slow["running"]] == [
+        ("stays", "running", None, None), ("came later", "running", None, None)]  # fmt: skip
     first, second = slow["completed"]
     assert (first["goal"], first["execution_time_ms"], second["execution_time_ms"], first["handler"]) == ("goal 11", 60_000, 1010, "work")
     assert first["usual_p95_ms"] == pytest.approx(60_000, rel=0.025) and first["times_usual"] == pytest.approx(1, rel=0.025)

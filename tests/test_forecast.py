@@ -371,6 +371,27 @@ def test_nothing_is_guessed(place: Place, past: Past) -> None:
     assert forecasts(place) == []
 
 
+@pytest.mark.parametrize(("change", "pools", "code"), [
+    ({}, 1, None), ({"paused": 1}, 1, "handler_paused"), ({"secrets": '[["TOKEN", "key", "use"]]'}, 1, "waiting_consent"), ({}, 0, "no_daemon"),
+    ({"external": 1}, 1, "external")])  # fmt: skip
+def test_what_keeps_all_tasks_of_a_handler_from_starting(module: Any, change: dict[str, Any], pools: int, code: str | None) -> None:
+    """When people will consent is for them to say, however well its runs are known."""
+    world = world_of([0], {"work": 100})
+    world["handlers"]["work"].update(change)
+    world["pools"] = world["pools"][:pools]
+    why = module.no_forecast(world, waiting("t1"))
+    assert (why and why[0]) == code
+
+
+def test_a_clock_that_was_set_back_lets_nothing_wait_less_than_not_at_all(place: Place) -> None:
+    """A task that seems to have been queued in the future."""
+    place.handler("work", "--external")
+    _, task_id = place.submit("g", "--handler", "work", "--sla", "1h")
+    place.sql(f"UPDATE htm_tasks SET queued_at = queued_at + 3600000 WHERE task_id = '{task_id}'")
+    (row,) = place.json("dashboard", "queued")
+    assert (row["waiting_ms"], row["predicted_miss"]) == (0, None) and " 0%" in place.ok("dashboard", "queued").out
+
+
 def test_external_workers_are_counted_by_who_was_seen(place: Place, past: Past) -> None:
     """None seen, nothing foreseen; one that holds a task is one slot, and what is left of its task is waited for."""
     place.handler("outside", "--external")
