@@ -88,6 +88,41 @@ def test_tasks_climb_while_they_wait(module: Any) -> None:
     assert aged["t91"] == 500
 
 
+def test_when_a_waiting_task_climbs(module: Any) -> None:
+    """With an SLA at half and at four fifths of it, without one a class each time, up to the first; one that is set aside never."""
+    assert module.climbs_of(waiting("t1", rank=3, sla_ms=1000), 10) == [(NOW + 500, 1), (NOW + 800, 0)]
+    assert module.climbs_of(waiting("t1", rank=1, sla_ms=1000), 10) == [(NOW + 800, 0)] and module.climbs_of(waiting("t1", rank=0, sla_ms=1000), 10) == []
+    assert module.climbs_of(waiting("t1", rank=3), 10) == [(NOW + 10, 2), (NOW + 20, 1), (NOW + 30, 0)]
+    assert module.climbs_of(waiting("t1", rank=3, set_aside="odd"), 10) == module.climbs_of(waiting("t1", rank=0), 10) == []
+
+
+def test_what_is_far_off_is_less_sure(module: Any) -> None:
+    """Each run that a start waits for adds its own variance; by when nine of ten are done allows for those, and for the run itself."""
+    world = world_of([0], {"work": 1000})
+    world["learned"]["work"] = {**learned(1000, 300), "p90_ms": 1400, "enough": True}
+    line = [waiting(f"t{n}", sla_ms=10_000, sla_deadline=NOW + 10_000) for n in range(1, 5)]
+    found = module.played(world, line)
+    assert [round(found[f"t{n}"][1]) for n in range(1, 5)] == [0, 90_000, 180_000, 270_000]
+    late = [module.forecast_of(world, task, found[task["task_id"]]) for task in line]
+    assert [seen["finish_by_at"] - seen["finish_at"] for seen in late] == [
+        pytest.approx(math.sqrt(1.28**2 * 90_000 * n + 400**2), abs=1) for n in range(4)]  # fmt: skip
+
+
+def test_how_many_are_ahead_is_counted_only_so_far(place: Place, module: Any) -> None:
+    """Beyond that it is reckoned from the live counts and the place in the class; who climbs passes those with more time, of the classes below too."""
+    shell(place, "work", "true")
+    spans = [*(("high", "9h") for _ in range(5)), *(("normal", f"{n + 1}h") for n in range(20)), ("low", "290m")]
+    batch = "".join(json.dumps({"goal": "g", "handler": "work", "priority": name, "sla": sla}) + "\n" for name, sla in spans)
+    last = place.ok("submit-intent", "--json", "--batch", "-", stdin=batch.encode()).lines[-1]["task_id"]
+    with contextlib.closing(module.Store(str(place.db))) as store:
+        task, world = module.get_task(store, last), module.gather(store, module.clock())
+        world.update(serving={}, pools=[{"only": None, "external": None, "slots": [(float(world["now"]), 0.0, None)]}])
+        assert module.ahead_of(store, world, task, 100) == {"work": 25} == module.ahead_of(store, world, task, 3)
+        assert module.ahead_of(store, world, {**task, "rank": 2}, 100) == {"work": 5 + 4}
+        assert 7 <= module.ahead_of(store, world, {**task, "rank": 2}, 6)["work"] <= 11
+        assert module.ahead_when_climbed(store, world, task, 1, 100) == {"work": 4}
+
+
 def test_what_becomes_available_later_takes_its_turn_then(module: Any) -> None:
     """Not before its instant, however early its place."""
     line = [waiting("t1"), waiting("t2"), waiting("t3"), waiting("t0", rank=0, available_at=NOW + 150)]
