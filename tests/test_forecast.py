@@ -202,6 +202,30 @@ def test_what_is_left_of_a_run_depends_on_how_long_it_took(module: Any) -> None:
     assert module.remaining_ms([], 0) >= 1
 
 
+def test_when_a_running_task_is_done(module: Any) -> None:
+    """As half of those that took as long already, nine of ten times as nine tenths of them; late only when that half is."""
+    world = world_of([0], {"work": 100})
+    world["learned"]["work"]["histogram"] = json.dumps([(module.bucket_of(ms), n) for ms, n in ((100, 50), (1000, 30), (3000, 20))])
+    for elapsed, finish, by in ((10, 100, 3000), (500, 1000, 3000), (2000, 3000, 3000)):
+        for spare, miss in ((1.05, False), (0.95, True)):
+            deadline = round(NOW - elapsed + finish * spare)
+            seen = module.forecast_of_running(world, waiting("t1", status="running", started_at=NOW - elapsed, sla_deadline=deadline))
+            assert (seen["start_at"], seen["miss"]) == (NOW - elapsed, miss)
+            assert [seen[name] - NOW + elapsed for name in ("finish_at", "finish_by_at")] == [pytest.approx(ms, rel=0.025) for ms in (finish, by)]
+    assert module.forecast_of_running(world, waiting("t1", status="assigned", started_at=None))["miss"] is None
+
+
+@pytest.mark.parametrize(("wait", "ahead", "takes", "said"), [
+    (50, 0, 900, "a run takes 900ms"), (None, 0, 900, "a run takes 900ms"), (200, 0, 900, "it waits 200ms for a worker, and a run takes 900ms"),
+    (800, 1, 900, "1 task is ahead of it on 2 workers"), (800, 1, 1200, "a run takes 1.2s"),
+    (1500, 3, 1200, "a run takes 1.2s, and 3 tasks are ahead of it on 2 workers")])  # fmt: skip
+def test_the_reason_for_a_miss(module: Any, wait: int | None, ahead: int, takes: int, said: str) -> None:
+    """What makes it late, and nothing that does not."""
+    task = waiting("t1", sla_ms=1000, sla_deadline=NOW + 1000)
+    forecast = {"start_at": None if wait is None else NOW + wait, "basis": {"p50_ms": takes, "ahead": ahead, "slots": 2}}
+    assert module.miss_reason(task, forecast) == said
+
+
 def test_the_figures_of_a_histogram(module: Any) -> None:
     """Mean, spread and percentiles; identical runs have no spread, and nothing has no figures."""
     made = module.summed_up([(module.bucket_of(200), 10)])
@@ -416,6 +440,18 @@ def test_what_keeps_all_tasks_of_a_handler_from_starting(module: Any, change: di
     world["pools"] = world["pools"][:pools]
     why = module.no_forecast(world, waiting("t1"))
     assert (why and why[0]) == code
+
+
+def test_the_queue_of_a_class_or_a_handler_is_only_that(place: Place) -> None:
+    """Of what is to come later, too."""
+    for name in ("work", "other"):
+        place.handler(name, "--external")
+        place.submit("later", "--handler", name, "--in", "1h")
+        place.submit("now", "--handler", name, "--priority", "low")
+    for options, found in (([], 4), (["--priority", "low"], 2), (["--priority", "normal"], 2), (["--priority", "high"], 0), (["--handler", "work"], 2),
+                           (["--handler", "other", "--priority", "normal"], 1)):  # fmt: skip
+        rows = place.json("dashboard", "queued", *options)
+        assert len(rows) == found and all(row[option[2:]] == value for option, value in zip(options[::2], options[1::2], strict=True) for row in rows), options
 
 
 def test_a_clock_that_was_set_back_lets_nothing_wait_less_than_not_at_all(place: Place) -> None:
