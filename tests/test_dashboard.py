@@ -658,6 +658,20 @@ def test_slow_compares_with_what_is_usual(place: Place, module: Any) -> None:
     assert left["execution_time_ms"] == 1010, "of what is left, though more was counted"
 
 
+def test_the_window_is_what_was_asked_for(place: Place, module: Any) -> None:
+    """Of the figures by an option, of health by a setting, in whole hours each."""
+    place.ok("config", "set", "health.window", "7h")
+    begin = module.clock()
+    told = [place.json("dashboard", "stats")["window_since_at"], place.json("dashboard", "stats", "--window", "3h")["window_since_at"],
+            place.json("dashboard", "slow", "--window", "5h")["window_since_at"], place.json("dashboard", "health")["window_since_at"]]  # fmt: skip
+    for since, span in zip(told, (DAY, 3 * HOUR, 5 * HOUR, 7 * HOUR), strict=True):
+        assert since in {module.format_instant((now - span) // HOUR * HOUR) for now in (begin, module.clock())}
+    with contextlib.closing(module.Store(str(place.db))) as store:
+        for ago in (2, 6):
+            store.write(lambda tx, at=begin // HOUR * HOUR - ago * HOUR: module.add_sums(tx, at, "work", "shop", 0, (1,) * len(module.METRIC_SUMS), 0))
+    assert [place.json("dashboard", "stats", "--window", window)["window_completed"] for window in ("1h", "3h", "1d")] == [0, 1, 2]
+
+
 def test_so_many_hours_with_this_one(place: Place, module: Any) -> None:
     """The rows of just those, for programs; a line for each, for people."""
     hour = module.clock() // HOUR * HOUR
@@ -893,6 +907,7 @@ def test_one_is_not_called_many(place: Place) -> None:
     place.submit("is warned of", "--handler", "keen", "--sla", "1m")
     until(lambda: place.call("task", "claim", "--handler", "work", "--worker", "w") and place.json("dashboard", "stats")["warnings_issued"] == 2, "a warning")
     assert place.json("dashboard", "stats")["active_violations"] == 1, "a warning is none"
+    assert [len(place.json("dashboard", "violations", "--level", level)) for level in ("warning", "violated")] == [2, 1]
 
 
 def test_doctor_says_what_differed(place: Place) -> None:

@@ -123,7 +123,14 @@ def test_a_bad_line_is_named_and_nothing_is_imported(place: Place, change: dict[
     assert "nothing was imported" in done.err and place.json("learn", "outcomes") == []
 
 
-@pytest.mark.parametrize("bad", [b"{", b"[]", b"\xff", b'{"name": "a"}', b'"text"', b'{"name": "a", "name": "b"}'])
+def test_lines_without_a_domain_get_the_one_that_is_named(place: Place) -> None:
+    """For all of a file; a line's own comes first."""
+    place.ok("learn", "import", "-", "--domain", "shop", stdin=lines(GOOD, {**GOOD, "domain": "mail"}))
+    assert sorted(row["domain"] for row in place.json("learn", "outcomes")) == ["mail", "shop"]
+    assert place.json("learn", "import", "-", stdin=lines(GOOD))["added"] == 1, "in the domain general it is another run"
+
+
+@pytest.mark.parametrize("bad", [b'{"name": "a", "start": 1, "end": 2}', b"{", b"[]", b"\xff", b'{"name": "a"}', b'"text"', b'{"name": "a", "name": "b"}'])
 def test_what_is_no_run_is_refused_by_its_line(place: Place, bad: bytes) -> None:
     """Broken JSON, other values than objects, missing and doubled keys."""
     done = place.call("learn", "import", "-", stdin=lines(GOOD) + b"\n" + bad + b"\n")
@@ -482,6 +489,25 @@ def test_a_suggestion_is_applied_with_its_reason(place: Place, module: Any) -> N
     assert place.call("learn", "suggest-sla", "--apply").status == 2
 
 
+def test_the_promise_is_that_of_the_option_or_the_setting(place: Place, module: Any) -> None:
+    """For suggestions, automatic SLAs and replays alike."""
+    place.handler("backup", "--", "true")
+    chance = random.Random(1)
+    runs = [run_of(now_of(module) - 3600 * n, 60 * math.exp(chance.gauss(0, 0.7)), goal=str(n)) for n in range(200)]
+    place.ok("learn", "import", "-", stdin=lines(*runs))
+    place.ok("config", "set", "learn.rate", "0.8")
+    found = {}
+    for rate in (0.6, 0.8, 0.99):
+        option = () if rate == 0.8 else ("--rate", str(rate))
+        basis = place.json("learn", "suggest-sla", "--handler", "backup", *option)
+        (row,) = place.json("learn", "suggest-sla", *option)
+        assert (basis["rate"], basis["percentile"], row["percentile"], row["sla_ms"]) == (rate, 100 * rate, 100 * rate, basis["sla_ms"])
+        assert place.json("learn", "backtest", "--handler", "backup", *option)["rate"] == rate
+        found[rate] = basis["sla_ms"]
+    assert found[0.6] < found[0.8] < found[0.99]
+    assert place.json("submit-intent", "x", "--handler", "backup", "--sla", "auto")["sla_basis"]["percentile"] == 80
+
+
 def test_a_handler_that_is_gone_keeps_its_history(place: Place, module: Any) -> None:
     """Its outcomes, statistics and suggestion stay under its name; only what needs the handler itself is refused."""
     place.handler("backup", "--", "true")
@@ -645,6 +671,8 @@ def test_a_daemon_that_runs_once_adapts_all_handlers(place: Place, module: Any) 
         place.handler(name, "--sla", "10m", "--external")
     place.ok("learn", "import", "-", stdin=lines(*[{**run, "name": name} for name in names for run in steady(now_of(module), 30)]))
     place.ok("config", "set", "learn.adapt", "on")
+    place.ok("daemon", "--drain")
+    assert place.events("learning.adapted") == [], "one that only lets work finish begins nothing new"
     place.ok("daemon", "--once")
     assert [row["adapted_sla_ms"] for row in place.json("handler", "list")] == [300_000] * 3
     assert sorted(event["payload"]["handler"] for event in place.events("learning.adapted")) == names
