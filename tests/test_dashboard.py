@@ -648,6 +648,7 @@ def test_slow_compares_with_what_is_usual(place: Place, module: Any) -> None:
     slow = place.json("dashboard", "slow", "--limit", "2")
     assert [(row["goal"], row["status"], row["usual_p95_ms"], row["times_usual"]) for row in slow["running"]] == [
         ("stays", "running", None, None), ("came later", "running", None, None)]  # fmt: skip
+    assert place.json("dashboard", "slow", "--window", "30m")["completed"] == [], "all of it was earlier"
     first, second = slow["completed"]
     assert (first["goal"], first["execution_time_ms"], second["execution_time_ms"], first["handler"]) == ("goal 11", 60_000, 1010, "work")
     assert first["usual_p95_ms"] == pytest.approx(60_000, rel=0.025) and first["times_usual"] == pytest.approx(1, rel=0.025)
