@@ -397,6 +397,21 @@ def test_metrics_for_a_reader_that_has_gone_end_quietly(place: Place) -> None:
     assert process.wait(LIMIT) == 141 and process.stderr.read() == b""
 
 
+def test_metrics_that_do_not_fit_leave_nothing_behind(place: Place, module: Any) -> None:
+    """The old file stays as it was, and nothing lies beside it."""
+    lively(place)
+    folder = place.folder / "collector"
+    folder.mkdir()
+    target = folder / "grace.prom"
+    target.write_text("old")
+    with contextlib.closing(module.Store(str(place.db))) as store:
+        assert store.value("SELECT COUNT(*) FROM handlers") == 1  # so that the log and its index are there already
+        limited = ["sh", "-c", 'ulimit -f 2; exec "$@"', "sh", GRACE, "dashboard", "stats", "--prometheus", "--output", str(target)]
+        done = subprocess.run(limited, env=place.environment, cwd=place.folder, capture_output=True, text=True, timeout=LIMIT, check=False)
+    assert (done.returncode, done.stdout) == (2, "") and "cannot write" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert [path.name for path in folder.iterdir()] == ["grace.prom"] and target.read_text() == "old"
+
+
 def test_metrics_again_and_again_go_to_a_file_only(place: Place) -> None:
     """Texts one after another are in no format; a file is replaced by the newer one."""
     lively(place)
