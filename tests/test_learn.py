@@ -385,8 +385,11 @@ def test_statistics_are_of_one_domain_when_asked_and_never_of_rescues(past: Past
     for number in range(8):
         past.task(hour - number * HOUR - 60_000, 1000 * (number + 1), domain=("shop", "mail")[number % 2], confidence=1.0)
     past.store.write(lambda tx: module.add_sums(tx, hour, "rescue", "shop", 0, (1,) * len(module.METRIC_SUMS), 0))
-    rows = {row["domain"]: row for row in place.json("learn", "stats")}
-    assert set(rows) == {"shop", "mail"} and {row["handler"] for row in rows.values()} == {"work"}
+    found = place.json("learn", "stats")
+    assert [(row["handler"], row["domain"]) for row in found] == [("work", "mail"), ("work", "shop")]
+    since = module.format_instant(hour - 3 * HOUR - 5000)
+    assert sum(row["ended"] for row in place.json("learn", "stats", "--since", since)) == 4, "the hour of that instant counts as a whole"
+    rows = {row["domain"]: row for row in found}
     for domain, row in rows.items():
         only = place.json("learn", "stats", "--handler", "work", "--domain", domain)
         assert {name: only[name] for name in row} == row and row["ended"] == 4 and only["domains"] == [row]
@@ -447,6 +450,7 @@ def test_outcomes_are_filtered_and_newest_first(past: Past, place: Place, module
     assert [row["created_at"] for row in every] == sorted((row["created_at"] for row in every), reverse=True) and len(every) == 11
     assert set(every[0]) == {"task_id", "intent_id", "action_type", "handler", "domain", "success", "confidence_score", "execution_time", "context",
                              "created_at", "imported"}  # fmt: skip
+    assert [event["payload"]["success"] is True for event in place.events("learning.outcome")] == [True, True]
     assert {row["handler"]: row["execution_time"] for row in every if row["handler"]} == {"h0": 5, "h1": 5, "work": 1}, "in seconds"
     assert len(place.json("learn", "outcomes", "--failed")) == 3 and len(place.json("learn", "outcomes", "--success")) == 8
     assert {row["handler"] for row in place.json("learn", "outcomes", "--domain", "d1")} == {"h1"}
