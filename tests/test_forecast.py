@@ -222,7 +222,7 @@ def test_when_a_running_task_is_done(module: Any) -> None:
 def test_the_reason_for_a_miss(module: Any, wait: int | None, ahead: int, takes: int, said: str) -> None:
     """What makes it late, and nothing that does not."""
     task = waiting("t1", sla_ms=1000, sla_deadline=NOW + 1000)
-    forecast = {"start_at": None if wait is None else NOW + wait, "basis": {"p50_ms": takes, "ahead": ahead, "slots": 2}}
+    forecast = {"start_at": None if wait is None else NOW + wait, "soonest_at": NOW + takes, "basis": {"p50_ms": takes, "ahead": ahead, "slots": 2}}
     assert module.miss_reason(task, forecast) == said
 
 
@@ -435,7 +435,7 @@ def test_nothing_is_guessed(place: Place, past: Past) -> None:
     ({"external": 1}, 1, "external")])  # fmt: skip
 def test_what_keeps_all_tasks_of_a_handler_from_starting(module: Any, change: dict[str, Any], pools: int, code: str | None) -> None:
     """When people will consent is for them to say, however well its runs are known."""
-    world = world_of([0], {"work": 100})
+    world = {**world_of([0], {"work": 100}), "granted": {}, "ready": set()}
     world["handlers"]["work"].update(change)
     world["pools"] = world["pools"][:pools]
     why = module.no_forecast(world, waiting("t1"))
