@@ -790,7 +790,7 @@ def test_a_daemon_foretells_once_what_has_changed_for_the_worse(place: Place, pa
     place.ok("config", "set", "forecast.every", "100ms")
     with contextlib.ExitStack() as stack:
         for _ in range(daemons):
-            stack.enter_context(place.daemon("--workers", "1"))
+            stack.enter_context(place.daemon("--workers", "1", "--grace-period", "100ms"))
         held = [place.submit("first", "--handler", "work", "--priority", "critical")[1] for _ in range(daemons)]
         for task_id in held:
             place.until_status(task_id, "running")

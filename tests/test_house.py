@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import symtable
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ LONGEST = 60
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
+@functools.cache
 def banners() -> list[tuple[str, int]]:
     """Each section's name and the number of the line that names it."""
     lines = SOURCE.splitlines()
