@@ -5280,6 +5280,7 @@ SET_HISTOGRAM = """INSERT INTO htm_histograms (level, starts_at, task_type, doma
   VALUES (:level, :starts_at, :task_type, :domain, :histogram, :runs, :longest)
   ON CONFLICT (level, starts_at, task_type, domain) DO UPDATE SET histogram = excluded.histogram, runs = excluded.runs, longest = excluded.longest"""
 Histogram = list[tuple[int, int]]  # bucket and how many, in ascending order
+MOST_BUCKETS = 1200  # the greatest number that SQLite has lies in the 1113th
 
 
 def bucket_of(ms: int) -> int:
@@ -5356,10 +5357,14 @@ def histograms_of(hour: int, task_type: str, domain: str) -> tuple[tuple[str, in
 
 
 def add_histogram(tx: Tx, key: tuple[str, int, str, str], more: dict[int, int]) -> None:
-    """Add counts by bucket to a histogram that is kept in one row."""
+    """Add counts by bucket to a histogram that is kept in one row.
+
+    One that somebody has damaged begins anew: no task may be kept from ending by it, and doctor sees that it is too low."""
     which = dict(zip(("level", "starts_at", "task_type", "domain"), key, strict=True))
     found = tx.value(HISTOGRAM_OF, **which)
-    merged = merge_histograms([found] if found else [], more.items())
+    with contextlib.suppress(DatabaseError):
+        more = dict(merge_histograms([found] if found else [], more.items()))
+    merged = sorted(more.items())
     if merged:
         first, last = merged[0][0], merged[-1][0]
         counts = [0] * (last - first + 1)
@@ -5368,9 +5373,19 @@ def add_histogram(tx: Tx, key: tuple[str, int, str, str], more: dict[int, int]) 
         tx.run(SET_HISTOGRAM, **which, histogram=to_json([first, *counts]), runs=sum(counts), longest=last)
 
 
+def counts_in(row: str) -> tuple[int, list[int]]:
+    """The first bucket of a histogram that is kept in a row, and the counts from it on; DatabaseError when it is none."""
+    value = json.loads(row)
+    if isinstance(value, list) and 1 < len(value) <= MOST_BUCKETS and set(map(type, value)) == {int}:
+        first, *counts = value
+        if -1 <= first <= MOST_BUCKETS and min(counts) >= 0 and max(counts) < 1 << 53:
+            return first, counts
+    raise DatabaseError("a histogram of the statistics has been damaged", "make all figures anew from the tasks: grace doctor --recount")
+
+
 def merge_histograms(rows: Iterable[str], more: Iterable[tuple[int, int]] = ()) -> Histogram:
     """The sum of histograms that are kept in rows of their own, and of counts by bucket."""
-    found, new = [(first, counts) for first, *counts in map(json.loads, rows)], list(more)
+    found, new = [counts_in(row) for row in rows], list(more)
     low = min([*(first for first, _ in found), *(bucket for bucket, _ in new)], default=0)
     sums = [0] * (max([*(first + len(counts) for first, counts in found), *(bucket + 1 for bucket, _ in new)], default=low) - low)
     for first, counts in found:
@@ -5454,7 +5469,7 @@ def rank_of(counts: list[int], part: float) -> int | None:
 
 def percentile_of_row(row: str, part: float) -> float | None:
     """The same of a histogram that is kept in a row of its own."""
-    first, *counts = json.loads(row)
+    first, counts = counts_in(row)
     at = rank_of(counts, part)
     return None if at is None else bucket_middle(first + at)
 
@@ -5744,6 +5759,20 @@ def recount_rollups(tx: Tx, gaps: dict[str, int]) -> None:
         fold_histograms(tx, tx.all(DURATIONS_OVER, since=day["starts_at"], until=min(folded, day["starts_at"] + DAY)))
 
 
+RUNS_COUNTED = """SELECT 'rollup' AS level, COALESCE(SUM(runs), 0) AS n FROM htm_metrics WHERE level = 'ever' AND imported = 0
+  UNION ALL SELECT level, SUM(runs) AS n FROM htm_histograms GROUP BY level"""
+
+
+def figure_findings(reader: Reader) -> Iterator[Finding]:
+    """Whether what the statistics are made of holds together."""
+    rows = {row["level"]: row["n"] for row in reader.all(RUNS_COUNTED)}
+    with contextlib.suppress(DatabaseError):
+        merge_histograms(row["histogram"] for row in reader.all(EVER_HISTOGRAMS))
+        if len(set(rows.values())) == 1 and (len(rows) == 6 or not rows["rollup"]):  # the rollup's and those of five levels
+            return
+    yield "problem", "figures", "the statistics do not add up: somebody or something has changed them", "make them anew from the tasks: grace doctor --recount"
+
+
 def bucket_in_sql(*values: Any) -> int:
     return bucket_of(values[0])
 
@@ -5915,12 +5944,13 @@ def record_outcome(tx: Tx, task: Row) -> None:
 # What counts as a run for learning is decided here, and nowhere else: sla_time() for deadlines, correct_durations() above
 # for the statistics of execution times.
 
-RUNS_LOOKED_AT = 10_000  # outcomes, failures included, among which the latest runs are looked for
+RUNS_LOOKED_AT = 10_000  # outcomes among which the latest runs are looked for: of handlers failed ones, too
 HISTORY_PAGE = """SELECT seq, created_at, domain, success, execution_time, context FROM outcome_records
   WHERE handler IS NOT DISTINCT FROM :handler AND created_at <= :at AND (created_at < :at OR seq < :seq)
   ORDER BY created_at DESC, seq DESC LIMIT :n"""
 COMMAND_OUTCOMES = """SELECT created_at, success, execution_time, context FROM outcome_records
-  WHERE handler IS NULL AND domain = :domain AND json(context) ->> 'goal' = :goal AND created_at >= :since AND success = 1 ORDER BY created_at DESC LIMIT :n"""
+  WHERE handler IS NULL AND domain = :domain AND json(context) ->> 'goal' = :goal AND created_at >= :since AND success = 1
+  ORDER BY created_at DESC, seq DESC LIMIT :n"""
 NEXT_NAME = "SELECT MIN(handler) AS name FROM outcome_records WHERE handler > :after"
 PAGE = 2000
 
@@ -15185,7 +15215,7 @@ def doctor_command(app: App, anew: bool) -> int:
             document = store.write(recount_all)
         app.show(document, lambda: show_recount(document))
         return 0
-    findings, secrets = [*program_findings(), *machine_findings()], []
+    findings, secrets = [*program_findings(), *machine_findings(), *store.read(lambda reader: list(figure_findings(reader)))], []
     if not store.value(GET_VAULT):
         findings.append(("note", "no_vault", "there is no vault yet", "make one: grace init"))
     else:

@@ -161,6 +161,7 @@ def check_everything(g: Any, place: Place, store: Any, now: int) -> None:
     for hours in (1, 24, 744):
         check_hours(g, store, now - (hours - 1) * HOUR)
     check_metrics(g, place, store)
+    assert store.read(lambda reader: list(g.figure_findings(reader))) == []
     expected = brute_force(place.sql)
     counters = store.read(lambda reader: g.queue_counters(reader, now, g.MAX_DURATION))
     assert {name: counters[name] for name in expected} == expected
@@ -201,6 +202,37 @@ def damage(store: Any, chance: random.Random) -> None:
         tx.run("INSERT INTO task_counts VALUES ('nobody', 'running', 'low', 0, 9)")
 
     store.write(spoil)
+
+
+DAMAGED = ["5", "[]", "[3]", "{}", "[[1, 2]]", "[0, -5]", "[-300000000, 1]", "[100000, 1]", "[1, 2.5]", '[1, "2"]', "[1, 1e400]", f"[1, {'9' * 400}]"]
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_a_damaged_histogram_is_named_keeps_nothing_from_ending_and_is_made_anew(place: Place, module: Any, text: str) -> None:
+    """Whoever reads it is told what to do; doctor finds it; tasks go on to end; counting anew mends it."""
+    history = History(module, place, 5)
+    history.go(200)
+    store = history.store
+
+    def doctor_says() -> set[str]:
+        return {row["code"] for row in place.call("doctor", "--json").json["findings"]}
+
+    assert store.value("SELECT COUNT(*) AS n FROM htm_histograms") > 5 and "figures" not in doctor_says()
+    store.write(lambda tx: tx.run("UPDATE htm_histograms SET histogram = :text", text=text))
+    for words in (("stats", "--window", "3650d"), ("stats", "--prometheus"), ("slow", "--window", "3650d")):
+        refused = place.call("dashboard", *words)
+        assert refused.status == 8 and "histogram" in refused.err and "grace doctor --recount" in refused.err, words
+    with pytest.raises(module.DatabaseError, match="histogram"):
+        store.read(lambda reader: module.hourly_figures(reader, 0))
+    assert place.call("doctor").status == 1 and "figures" in doctor_says()
+    ended = store.value("SELECT COUNT(*) AS n FROM htm_tasks WHERE finished_at IS NOT NULL")
+    history.go(100)
+    assert store.value("SELECT COUNT(*) AS n FROM htm_tasks WHERE finished_at IS NOT NULL") > ended
+    assert "figures" in doctor_says()
+    place.ok("doctor", "--recount")
+    check_everything(module, place, store, history.now)
+    assert "figures" not in doctor_says()
+    store.close()
 
 
 def test_counting_anew_never_lowers_what_may_be_gone(place: Place, module: Any) -> None:
