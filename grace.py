@@ -5276,9 +5276,10 @@ HOURS_OVER = "SELECT * FROM htm_metrics WHERE level = 'hour' AND starts_at >= :s
 DURATIONS_OVER = "SELECT * FROM htm_durations WHERE level = 'hour' AND starts_at >= :since AND starts_at < :until"
 HISTOGRAM_OF = """SELECT histogram FROM htm_histograms
   WHERE level = :level AND starts_at = :starts_at AND task_type = :task_type AND domain = :domain"""
-SET_HISTOGRAM = """INSERT INTO htm_histograms (level, starts_at, task_type, domain, histogram, runs, longest)
-  VALUES (:level, :starts_at, :task_type, :domain, :histogram, :runs, :longest)
-  ON CONFLICT (level, starts_at, task_type, domain) DO UPDATE SET histogram = excluded.histogram, runs = excluded.runs, longest = excluded.longest"""
+SET_HISTOGRAM = """INSERT INTO htm_histograms (level, starts_at, task_type, domain, histogram, runs, p95_ms, longest)
+  VALUES (:level, :starts_at, :task_type, :domain, :histogram, :runs, :p95_ms, :longest)
+  ON CONFLICT (level, starts_at, task_type, domain)
+  DO UPDATE SET histogram = excluded.histogram, runs = excluded.runs, p95_ms = excluded.p95_ms, longest = excluded.longest"""
 Histogram = list[tuple[int, int]]  # bucket and how many, in ascending order
 MOST_BUCKETS = 1200  # the greatest number that SQLite has lies in the 1113th
 
@@ -5370,7 +5371,7 @@ def add_histogram(tx: Tx, key: tuple[str, int, str, str], more: dict[int, int]) 
         counts = [0] * (last - first + 1)
         for bucket, n in merged:
             counts[bucket - first] = n
-        tx.run(SET_HISTOGRAM, **which, histogram=to_json([first, *counts]), runs=sum(counts), longest=last)
+        tx.run(SET_HISTOGRAM, **which, histogram=to_json([first, *counts]), runs=sum(counts), p95_ms=percentile(merged, 0.95), longest=last)
 
 
 def counts_in(row: str) -> tuple[int, list[int]]:
@@ -5457,21 +5458,10 @@ def window_histogram(reader: Reader, bounds: dict[str, int]) -> Histogram:
 
 def percentile(histogram: Histogram, part: float) -> float | None:
     """The nearest-rank percentile (ms, within 2 %); None where nothing was counted."""
-    at = rank_of([n for _, n in histogram], part)
-    return None if at is None else bucket_middle(histogram[at][0])
-
-
-def rank_of(counts: list[int], part: float) -> int | None:
-    """Which of the counts that part of their sum lies in, by nearest rank; None where nothing was counted."""
-    running = list(itertools.accumulate(counts))
-    return bisect_left(running, max(1, math.ceil(part * running[-1] - 1e-9))) if running and running[-1] else None
-
-
-def percentile_of_row(row: str, part: float) -> float | None:
-    """The same of a histogram that is kept in a row of its own."""
-    first, counts = counts_in(row)
-    at = rank_of(counts, part)
-    return None if at is None else bucket_middle(first + at)
+    running = list(itertools.accumulate([n for _, n in histogram]))
+    if not running or not running[-1]:
+        return None
+    return bucket_middle(histogram[bisect_left(running, max(1, math.ceil(part * running[-1] - 1e-9)))][0])
 
 
 def window_figures(reader: Reader, since: int) -> Row:
@@ -5499,7 +5489,7 @@ def part_of(part: float, whole: float) -> float | None:
 HOURLY_NAMES = (*ENDED, "sla_met", "sla_missed", "runs", "execution_ms")
 HOURLY_SUMS = f"""SELECT starts_at, domain, {', '.join(HOURLY_NAMES)} FROM htm_metrics
   WHERE level = 'hour_domain' AND starts_at >= :since AND starts_at < :folded ORDER BY starts_at, domain"""
-HOURLY_HISTOGRAMS = """SELECT starts_at, domain, histogram FROM htm_histograms
+HOURLY_P95 = """SELECT starts_at, domain, p95_ms FROM htm_histograms
   WHERE level = 'hour_domain' AND starts_at >= :since AND starts_at < :folded"""
 HOURLY_NEW_SUMS = f"""SELECT starts_at, domain, {', '.join(f'SUM({name}) AS {name}' for name in HOURLY_NAMES)} FROM htm_metrics
   WHERE level = 'hour' AND imported = 0 AND starts_at >= :folded GROUP BY starts_at, domain ORDER BY starts_at, domain"""
@@ -5510,8 +5500,7 @@ HOURLY_NEW = """SELECT starts_at, domain, bucket, SUM(n) AS n FROM htm_durations
 def hourly_figures(reader: Reader, since: int) -> list[Row]:
     """What ended in each full hour (UTC) from `since` on, by domain; hours in which nothing did are left out."""
     folded = max(since, int(reader.value(FOLDED_UNTIL) or 0))
-    p95 = {(row["starts_at"], row["domain"]): percentile_of_row(row["histogram"], 0.95)
-           for row in reader.all(HOURLY_HISTOGRAMS, since=since, folded=folded)}  # fmt: skip
+    p95 = {(row["starts_at"], row["domain"]): row["p95_ms"] for row in reader.all(HOURLY_P95, since=since, folded=folded)}
     new: dict[tuple[int, str], Histogram] = {}
     for row in reader.all(HOURLY_NEW, folded=folded):
         new.setdefault((row["starts_at"], row["domain"]), []).append((row["bucket"], row["n"]))
@@ -5678,8 +5667,10 @@ GAPS_IN_TASKS = "SELECT COUNT(*) < COALESCE(MAX(seq), 0) AS gaps FROM htm_tasks"
 GAPS_IN_OUTCOMES = "SELECT COUNT(*) < COALESCE(MAX(seq), 0) AS gaps FROM outcome_records"
 COUNTED = ("task_counts", "htm_metrics", "htm_durations", "htm_histograms", "counters")
 KIND_OF_ROW = ("level", "starts_at", "task_type", "domain", "imported")
-ROWS_COUNTED = {"task_counts": (("handler", "status", "priority", "level"), ("n",)), "htm_metrics": (KIND_OF_ROW, METRIC_SUMS),
-                "htm_durations": ((*KIND_OF_ROW, "bucket"), ("n",)), "htm_histograms": (KIND_OF_ROW[:4], ("histogram", "runs", "longest"))}  # fmt: skip
+ROWS_COUNTED = {
+    "task_counts": (("handler", "status", "priority", "level"), ("n",)), "htm_metrics": (KIND_OF_ROW, METRIC_SUMS),
+    "htm_durations": ((*KIND_OF_ROW, "bucket"), ("n",)), "htm_histograms": (KIND_OF_ROW[:4], ("histogram", "runs", "p95_ms", "longest")),
+}  # fmt: skip
 KEEP_HOURS = f"""SELECT o.starts_at, o.task_type, o.domain, o.imported FROM old_htm_metrics o LEFT JOIN htm_metrics m ON m.level = 'hour'
     AND m.starts_at = o.starts_at AND m.task_type = o.task_type AND m.domain = o.domain AND m.imported = o.imported
   WHERE o.level = 'hour' AND ((o.imported = 0 AND :tasks = 1) OR (o.imported = 1 AND :outcomes = 1))

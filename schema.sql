@@ -286,6 +286,7 @@ CREATE TABLE htm_histograms (
   domain    TEXT NOT NULL,                        -- empty but for hour_domain
   histogram TEXT NOT NULL CONSTRAINT histograms_histogram CHECK (json_valid(histogram)), -- [bucket, runs in it, in the next, …]
   runs      INTEGER NOT NULL,                     -- their sum
+  p95_ms    REAL NOT NULL,                        -- what 95 % of them do not exceed, within 2 %
   longest   INTEGER NOT NULL,                     -- the last bucket
   PRIMARY KEY (level, starts_at, task_type, domain)
 ) STRICT;
