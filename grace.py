@@ -1264,6 +1264,7 @@ class Tx(Reader):
     def __init__(self, store: Store):
         super().__init__(store.con, store.columns)
         self.now, self.actor, self.since = clock(), store.actor, store.since
+        self.show_life = store.show_life  # for what takes long without a statement that does
         self._tallies: dict[str, dict[tuple[Any, ...], tuple[int, ...]]] = {}
         self.settings: dict[str, int] = {}  # as read in this transaction
 
@@ -1291,6 +1292,13 @@ class Tx(Reader):
         except apsw.Error as error:
             raise explain(error) from error
         self.many(sql, rows[whole:])
+
+    def paced(self, items: Iterable[Any], every: int = 2000) -> Iterator[Any]:
+        """The items; each few thousand, those who wait for their turn are told that this goes on."""
+        for number, item in enumerate(items):
+            if number % every == 0:
+                self.show_life()
+            yield item
 
     def tally(self, sql: str, key: tuple[Any, ...], *amounts: int) -> None:
         """Add to sums that are written once, at the transaction's end: `sql` takes the key's values, then the amounts, in this order."""
@@ -7283,7 +7291,10 @@ def advice_document(advice: list[Row]) -> list[Row]:
 # that others climb past them is only seen where all is few enough to be played.
 
 EXACTLY, PARTS = 200, 100  # so many of a class are placed where they stand; more are taken to lie evenly, in so many parts
-NOTHING_FORESEEN: Row = {"predicted_start_at": None, "predicted_finish_at": None, "predicted_miss": None, "advice": []}
+ADVISED, WAYS_OF = 200, 3  # so many misses get advice; so many handlers, where a change is for one only and takes walks of its own
+WALKED = 2_000_000  # lines: after so many no further change is tried
+TOLD_AT_ONCE = 1000
+NOTHING_FORESEEN: Row = {"predicted_start_at": None, "predicted_finish_at": None, "predicted_miss": None, "advice": []}  # whose list nobody may change
 STANDING_IN_CLASS = """SELECT order_at FROM htm_tasks WHERE handler = :name AND status = 'queued' AND available_at IS NULL AND rank = :rank
   AND seq <= :seq ORDER BY order_at, seq LIMIT :n"""
 LAST_IN_CLASS = """SELECT order_at FROM htm_tasks WHERE handler = :name AND status = 'queued' AND available_at IS NULL AND rank = :rank
@@ -7301,28 +7312,36 @@ BatchLine = tuple[Row, tuple[Any, ...], str, str, str | None]  # the document th
 def foresee_batch(tx: Tx, lines: list[BatchLine]) -> None:
     """Add to the document of each line what is foreseen of its task; misses are told, in the same transaction. `lines` are those that were written last.
 
-    The first miss gets its `warning`."""
+    The first miss gets its `warning`, the first two hundred advice."""
     learned = {name: learned_durations(tx, name, tx.now) for name in {facts[1] for _, facts, *_ in lines}}
     if not any(says_enough(figures) for figures in learned.values()):
         return
     world, first = gather(tx, tx.now, learned, learned), int(tx.value(LAST_TASK)) - len(lines) + 1
     few = len(lines) + sum(sum(counts.values()) for counts in world["counts"].values()) <= WINDOW and all(facts[5] is None for _, facts, *_ in lines)
-    batch = Batch(world, lines, list(standing_before(tx, world, first - 1)), head_of_queue(tx, world, WINDOW) if few else None)
+    batch = Batch(world, lines, list(standing_before(tx, world, first - 1)), head_of_queue(tx, world, WINDOW) if few else None, tx.show_life)
     misses = {}
-    for number, forecast in batch.forecasts():
+    for number, forecast in tx.paced(batch.forecasts()):
         done = lines[number][0]
         done["predicted_start_at"], done["predicted_finish_at"] = format_instant(forecast["start_at"]), format_instant(forecast["finish_at"])
         done["predicted_miss"] = forecast["miss"]
         if forecast["miss"]:
             misses[number] = forecast
     batch.advise(misses)
-    for number, forecast in misses.items():
-        lines[number][0].update(advice=advice_document(forecast["advice"]), **({"warning": miss_sentence(batch.task(number), forecast)}
-                                                                               if number == next(iter(misses)) else {}))  # fmt: skip
+    for number in itertools.islice(misses, ADVISED):
+        lines[number][0]["advice"] = advice_document(misses[number]["advice"])
+    for number in itertools.islice(misses, 1):
+        lines[number][0]["warning"] = miss_sentence(batch.task(number), misses[number])
     told = [number for number in misses if may_be_foretold(batch.tasks[number], tx.now)]
-    tx.insert(INSERT_EVENT, [{"topic": "htm.sla.forecast", "source": tx.actor, "subject": lines[number][0]["task_id"], "now": tx.now,
-                              "payload": to_json(told_of(batch.task(number), misses[number]))} for number in told])  # fmt: skip
-    for start, end in unbroken(told):
+    for at in range(0, len(told), TOLD_AT_ONCE):
+        tx.show_life()
+        foretell_lines(tx, batch, {number: misses[number] for number in told[at : at + TOLD_AT_ONCE]}, first)
+
+
+def foretell_lines(tx: Tx, batch: Batch, misses: dict[int, Row], first: int) -> None:
+    """Write that lines are going to miss their SLA; `first` is the place of the batch's first task."""
+    tx.insert(INSERT_EVENT, [{"topic": "htm.sla.forecast", "source": tx.actor, "subject": batch.lines[number][0]["task_id"], "now": tx.now,
+                              "payload": to_json(told_of(batch.task(number), forecast))} for number, forecast in misses.items()])  # fmt: skip
+    for start, end in unbroken(list(misses)):
         tx.run(FORETELL_LINES, first=first + start, last=first + end, now=tx.now)
 
 
@@ -7359,34 +7378,42 @@ class Seats:
     """Slots that are given to tasks in an order: for each of a pool, when it is free next; and the places of handlers with a limit."""
 
     def __init__(self, world: Row):
-        self.free = [[at for at, _, _ in pool["slots"]] for pool in world["pools"]]
-        self.world, self.places = world, dict[str, list[float]]()
+        pools: dict[tuple[Any, ...], list[float]] = {}  # ascending, as the places are; of those that take the same, one
+        for pool in world["pools"]:
+            pools.setdefault((pool["only"], pool["external"]), []).extend(at for at, _, _ in pool["slots"])
+        for slots in pools.values():
+            slots.sort()
+        self.pools, self.places = dict[str, list[list[float]]](), dict[str, list[float]]()
         for name, handler in world["handlers"].items():
+            taking = [world["pools"][number] for number in serving(world, name)]
+            self.pools[name] = [slots for kind in dict.fromkeys((pool["only"], pool["external"]) for pool in taking) if (slots := pools[kind])]
             if handler["concurrency"] is not None:
                 busy = sorted(row["end"][0] for row in world["active"] if row["handler"] == name)[-handler["concurrency"] :]
                 self.places[name] = [float(world["now"])] * (handler["concurrency"] - len(busy)) + busy
 
     def pool(self, name: str) -> list[float]:
-        """The slots of the pool that takes a handler's task first."""
-        numbers = serving(self.world, name)
-        return self.free[numbers[0]] if len(numbers) == 1 else min((self.free[number] for number in numbers if self.free[number]), key=min)
+        """The slots of those that take a handler's task first."""
+        pools = self.pools[name]
+        return pools[0] if len(pools) == 1 else min(pools, key=operator.itemgetter(0))
 
     def start(self, name: str) -> float:
         """When a task of the handler would start."""
-        at = min(self.pool(name))
-        return max(at, min(self.places[name])) if name in self.places else at
+        at = self.pool(name)[0]
+        return max(at, self.places[name][0]) if name in self.places else at
 
     def take(self, name: str, ms: float) -> float:
         """The same, and it does: it holds its slot for so long."""
-        free = self.pool(name)
-        start = at = min(free)
+        pools = self.pools[name]
+        free = pools[0] if len(pools) == 1 else self.pool(name)
+        start, slot = free[0], 0
         if name in self.places:  # it follows another of its handler, on the slot that this one leaves; those in between were free for others
             places = self.places[name]
-            place = min(places)
-            start = max(at, place)
-            places[places.index(place)] = start + ms
-            at = max(one for one in free if one <= start)
-        free[free.index(at)] = start + ms
+            place = places.pop(0)
+            if place > start:
+                start, slot = place, bisect_right(free, place) - 1
+            insort(places, start + ms)
+        del free[slot]
+        insort(free, start + ms)
         return start
 
     def take_many(self, name: str, ms: float, n: int) -> None:
@@ -7402,8 +7429,12 @@ class Seats:
 class Batch:
     """Tasks that are submitted together, and what is foreseen of each."""
 
-    def __init__(self, world: Row, lines: list[BatchLine], before: list[Entry], line: list[Row] | None = None):
-        """`before` is what waited before they came; `line` is the whole queue with them, where that is short enough to be played through."""
+    def __init__(self, world: Row, lines: list[BatchLine], before: list[Entry], line: list[Row] | None = None,
+                 show_life: Callable[[], None] = lambda: None):  # fmt: skip
+        """`before` is what waited before they came; `line` is the whole queue with them, where that is short enough to be played through.
+
+        `show_life` is called at least each second."""
+        self.show_life = show_life
         self.world, self.lines, self.line, kinds = world, lines, line, dict[Any, Row]()
         self.tasks = [kinds.get(kind) or kinds.setdefault(kind, line_task(*kind)) for line in lines for kind in ((line[1], *line[3:]),)]
         for task in kinds.values():
@@ -7414,7 +7445,8 @@ class Batch:
         self.orders = {len(PRIORITIES): sorted(entries)}
         self.unlearned = bool(world["unlearned"]) or any(learned_here(world, name) is None for name in {entry[3] for entry in entries})
         self.places: dict[str, list[tuple[Entry, float]]] = {}  # of each handler, its entries in their order, with their starts
-        self.ahead = [0] * len(lines)
+        self.ahead = [0] * (len(lines) + 1)  # as in walk()
+        self.walked = 0  # entries, in all walks
 
     def task(self, number: int) -> Row:
         """A line's task with what it has of its own."""
@@ -7431,29 +7463,33 @@ class Batch:
 
     def walk(self, world: Row, rank: int, first: bool = False) -> list[float]:
         """When each line starts, were no class below this one; noted with what is ahead of it where this is the first walk."""
-        seats, starts, passed = Seats(world), [math.inf] * len(self.lines), 0
+        self.show_life()
+        seats, passed = Seats(world), 0
+        starts = [math.inf] * (len(self.lines) + 1)  # one more, which what was there before falls on
         means = {name: figures["mean_ms"] if figures["enough"] else world["unknown_ms"] for name, figures in world["learned"].items()}
         for entry in self.order(rank):
             _, _, number, name, n = entry
             at = seats.take(name, means[name]) if n == 1 else seats.start(name)
             if n > 1:
                 seats.take_many(name, means[name], n)
-            if number >= 0:
-                starts[number] = at
+            starts[number] = at
             if first:
                 self.ahead[number] = passed
                 self.places.setdefault(name, []).append((entry, at))
             passed += n
+        self.walked += len(self.order(rank))
+        starts.pop()
         return starts
 
-    def starts(self, world: Row, first: bool = False) -> list[float]:
-        """When each line starts: not before it may, and as it climbs."""
+    def starts(self, world: Row, first: bool = False, asked: Iterable[int] = ()) -> list[float]:
+        """When each line starts: not before it may, and as it climbs; that only of those `asked` for, where any are."""
         starts = self.walk(world, len(PRIORITIES), first) if first or self.line is None else []
         if self.line is not None:
+            self.show_life()
             found = Play(world, self.line).run()
             return [found.get(done["task_id"], NEVER)[0] for done, *_ in self.lines]
         for rank, share in ((1, (1, 2)), (0, (4, 5))):
-            late = [(number, at) for number in self.startable for task in (self.tasks[number],) if task["sla_ms"] and rank < task["rank"]
+            late = [(number, at) for number in asked or self.startable for task in (self.tasks[number],) if task["sla_ms"] and rank < task["rank"]
                     and starts[number] > (at := task["queued_at"] + task["sla_ms"] * share[0] // share[1])]  # fmt: skip
             climbed = self.walk(world, rank) if late and self.order(rank) is not self.orders[len(PRIORITIES)] else starts
             for number, at in late:
@@ -7474,8 +7510,13 @@ class Batch:
                 yield number, {"start_at": None, "finish_at": None, "reason": task["obstacle"][0], **forecast} if task["obstacle"] else forecast
 
     def advise(self, misses: dict[int, Row]) -> None:
-        """Add to the forecasts of misses what would save each: as advice_for() does, with a walk for each change instead of a play."""
+        """Add to the forecasts of the first misses what would save each: as advice_for() does, with a walk or a play of all for each change.
+
+        Where the first change of a kind helps none of a handler, no larger one is tried for it; nor is any more where all walks get too long."""
         figures = self.world["learned"]
+        for number, forecast in misses.items():
+            forecast.update(basis=basis_of(self.world, self.tasks[number], self.ahead[number]), advice=[])
+        misses = dict(itertools.islice(misses.items(), ADVISED))
         long = {number for number in misses if runs_too_long(figures[self.tasks[number]["handler"]], self.tasks[number])}
         tried: dict[int, list[Row]] = {number: [] for number, forecast in misses.items() if number not in long and forecast["finish_at"] is not None}
         for number in tried:
@@ -7484,27 +7525,27 @@ class Batch:
             best: dict[int, tuple[float, str, bool]] = {}
             left = [number for number in tried if self.tasks[number]["handler"] in names]
             for text, changed in variants if left else ():
-                starts = self.starts(changed)
+                if self.walked > WALKED:
+                    break
+                starts = self.starts(changed, asked=left)
                 for number in left:
                     task = self.tasks[number]
                     finish = max(starts[number], task["available_at"] or 0) + figures[task["handler"]]["p50_ms"]
                     if finish < (best[number][0] if number in best else misses[number]["finish_at"]):
                         best[number] = finish, text, finish <= task["sla_deadline"]
-                left = [number for number in left if number not in best or not best[number][2]]
+                helped = {self.tasks[number]["handler"] for number in best}
+                left = [number for number in left if self.tasks[number]["handler"] in helped and not (number in best and best[number][2])]
                 if not left:
                     break
             for number, (finish, text, saves) in best.items():
                 tried[number].append({"action": action, "text": text, "predicted_finish_at": round(finish), "saves": saves})
         for number, forecast in misses.items():
             task = self.tasks[number]
-            forecast.update(basis=basis_of(self.world, task, self.ahead[number]), advice=[])
             if forecast["finish_at"] is not None:
                 forecast["advice"] = [longer_sla(task, forecast["finish_at"])] if number in long else chosen_advice(tried[number], task, forecast["finish_at"])
 
     def raised(self, number: int, forecast: Row) -> Iterator[Row]:
         """A higher class, if that helps: it then starts at the latest when the one of its handler would that it comes before."""
-        from bisect import bisect_left
-
         task, best = self.tasks[number], None
         for rank, word in ((1, "high"), (0, "critical")):
             places = self.places[task["handler"]]
@@ -7526,9 +7567,6 @@ class Batch:
                 yield "workers", set(whom), ((several_workers(n, whom != inside), more_workers(self.world, whom[0], n)) for n in WAYS)
         for name in [name for name in sorted(names) if handlers[name]["concurrency"] is not None][:WAYS_OF]:
             yield "concurrency", {name}, (more_places(self.world, name, n) for n in WAYS)
-
-
-WAYS_OF = 3  # handlers; a change that is for one only takes walks of its own
 
 
 def line_task(facts: tuple[Any, ...], status: str, reason: str | None) -> Row:
@@ -7649,7 +7687,7 @@ PARKED_AT_ONCE = 1000  # of one handler: what is parked is looked at each time t
 
 
 def submit(tx: Tx, specs: Iterable[Row]) -> list[Row]:
-    """Record intents with their tasks; for each {intent_id, task_id, status, duplicate}. All of them, or an error and none.
+    """Record intents with their tasks; for each the document that is printed of it. All of them, or an error and none.
 
     Each with its forecast, too; a miss that is foreseen is told in the same transaction.
     A spec has `goal` and the keys of SPEC_DEFAULTS; `command` True means that the caller itself runs it."""
@@ -7663,7 +7701,7 @@ def submit(tx: Tx, specs: Iterable[Row]) -> list[Row]:
         spec = {**SPEC_DEFAULTS, **given}
         first = keys.get(spec["key"]) or duplicate_of(tx, spec["key"]) if spec["key"] else None
         if first:
-            done.append({**first, "duplicate": True, **NOTHING_FORESEEN})
+            done.append({**first, "duplicate": True, **NOTHING_FORESEEN, "advice": []})
             continue
         try:
             intent, task = intent_and_task(tx, spec, shapes, taken)
@@ -7675,13 +7713,14 @@ def submit(tx: Tx, specs: Iterable[Row]) -> list[Row]:
             raise
         made.append((intent, task))
         done.append({"intent_id": intent["intent_id"], "task_id": task["task_id"], "status": task["status"],
-                     "sla_deadline": format_instant(task["sla_deadline"]), "duplicate": False, **NOTHING_FORESEEN,
+                     "sla_deadline": format_instant(task["sla_deadline"]), "duplicate": False, **NOTHING_FORESEEN, "advice": [],
                      **({"sla_basis": spec["sla_basis"]} if "sla_basis" in spec else {})})  # fmt: skip
         lines.append((done[-1], task["facts"], spec["goal"], task["status"], task["reason"]))
         if spec["key"]:
             keys[spec["key"]] = done[-1]
         if spec["after"] or len(made) == PAIRS_AT_ONCE:
             insert_pairs(tx, made)
+            tx.show_life()
         if spec["after"]:
             tx.many(INSERT_DEPENDENCY, ({"task_id": task["task_id"], "intent_id": needed} for needed in task["needs"]))
     alone = made[0][1] if len(made) == 1 and len(done) == 1 and "line" not in spec else None

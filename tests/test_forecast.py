@@ -782,6 +782,51 @@ def test_misses_in_a_batch_are_told_once_each(place: Place, past: Past) -> None:
         (place.folder / "go").touch()
 
 
+def test_only_the_first_misses_of_a_large_batch_get_advice(place: Place, past: Past) -> None:
+    """Two hundred; the others are told without."""
+    shell(place, "work", BLOCK.replace("$0", str(place.folder)))
+    past.run("work", 10_000)
+    with place.daemon("--workers", "1"):
+        place.until_status(place.submit("runs", "--handler", "work", "--priority", "critical")[1], "running")
+        done = submitted(place, *({"goal": f"number {n}", "handler": "work", "sla": "1m"} for n in range(260)))
+        late = [one for one in done if one["predicted_miss"]]
+        assert len(late) == 255 and [bool(one["advice"]) for one in late] == [True] * 200 + [False] * 55
+        events = {event["task_id"]: event for event in forecasts(place)}
+        assert list(events) == [one["task_id"] for one in late] and [event["advice"] for event in events.values()] == [one["advice"] for one in late]
+        assert re.search(r"will likely miss its SLA of 1m by \S+: 259 tasks are ahead of it on 1 worker$", events[late[-1]["task_id"]]["message"])
+        (place.folder / "go").touch()
+
+
+def test_a_large_batch_shows_that_it_goes_on(place: Place, past: Past, module: Any) -> None:
+    """Those who wait for their turn to write are told again and again: while lines come, while they are foreseen, while misses are written."""
+    shell(place, "work", BLOCK.replace("$0", str(place.folder)))
+    past.run("work", 10_000)
+    ticket, seen, told = place.folder / f"{place.db.name}-ticket", set[bytes](), []
+
+    def lines(n: int) -> Iterator[dict[str, Any]]:
+        for number in range(n):
+            yield {"goal": f"number {number}", "handler": "work", "sla_ms": 60_000, "line": number + 1}
+            seen.add(ticket.read_bytes())
+
+    def put(tx: Any) -> list[dict[str, Any]]:
+        show = tx.show_life
+
+        def life() -> None:
+            show()
+            told.append((ticket.read_bytes(), tx.value("SELECT COUNT(*) FROM events WHERE topic = 'htm.sla.forecast'")))
+
+        tx.show_life = life
+        return module.submit(tx, lines(3000))  # type: ignore[no-any-return]
+
+    with place.daemon("--workers", "2"), contextlib.closing(module.Store(str(place.db), "test")) as store:
+        done = store.write(put)
+        (place.folder / "go").touch()
+    assert len(seen) >= 20 and len({text for text, _ in told}) == len(told)
+    misses = sum(one["predicted_miss"] for one in done)
+    assert misses > 2900 and len({n for _, n in told if 0 < n < misses}) == 2, "between thousands of events"
+    assert len([n for _, n in told if n == 0]) >= 30 + 2 + 5, "lines, forecasts, walks"
+
+
 @pytest.mark.parametrize("daemons", [1, 2])
 def test_a_daemon_foretells_once_what_has_changed_for_the_worse(place: Place, past: Past, daemons: int) -> None:
     """Fine when submitted, overtaken since: one event, before the warning, with two daemons too, and none more after a restart."""
