@@ -6392,6 +6392,7 @@ LEARNED_FOR = 10 * MINUTE
 WINDOW = 200  # how much of the queue is played through; what is further back is reckoned from the numbers ahead of it
 NEAR, CLOSER = 64, 1000  # how many ahead are counted while somebody waits for his submission; when that seems to be late
 COUNTED_AHEAD = 10_000  # how many are counted otherwise; beyond that, live counts
+COUNTED_LATER = 1000  # of all work for later
 CAUTIOUS = 1.28  # standard deviations: nine of ten end earlier
 KNOWN_DURATIONS = """SELECT f.*, (SELECT COALESCE(SUM(n), 0) FROM task_counts WHERE handler = :handler AND status = 'completed') AS completed_now
   FROM handler_forecasts f WHERE f.handler = :handler"""
@@ -6430,6 +6431,10 @@ ENDS_OF_CLASS = """SELECT (SELECT order_at FROM htm_tasks WHERE handler = :name 
     ORDER BY order_at LIMIT 1) AS first,
   (SELECT order_at FROM htm_tasks WHERE handler = :name AND status = 'queued' AND available_at IS NULL AND rank = :rank
     ORDER BY order_at DESC LIMIT 1) AS last"""
+FOR_LATER = """SELECT handler, priority, COUNT(*) AS n FROM (SELECT handler, priority FROM htm_tasks
+    WHERE available_at IS NOT NULL AND status = 'queued' AND seq <= :seq ORDER BY available_at LIMIT :n) AS later GROUP BY handler, priority"""
+WAITING_IN_CLASS = """SELECT COUNT(*) AS n FROM (SELECT 1 FROM htm_tasks
+  WHERE handler = :name AND status = 'queued' AND available_at IS NULL AND rank = :rank AND seq <= :seq LIMIT :n) AS waiting"""
 LAST_TASK = "SELECT MAX(seq) AS seq FROM htm_tasks"
 FORETELL = """UPDATE htm_tasks SET forecast_at = :now
   WHERE task_id = :task_id AND forecast_at IS NULL AND escalation_level = 0 AND finished_at IS NULL RETURNING task_id"""
@@ -6860,6 +6865,26 @@ def hopefully(world: Row) -> Row:
     return {**world, "active": active, "pools": pools, "unknown_ms": 0.0}
 
 
+def waiting(reader: Reader, world: Row, name: str, rank: int) -> int:
+    """How many of a handler's tasks of a class wait and are not for later: by the live counts, or counted up to ten thousand where much is for later.
+
+    Where even more wait then, that which could not be counted counts as waiting, too."""
+    counts, seq, known = world["counts"][name].get(PRIORITIES[rank], 0), world.get("seq", MAX_INSTANT), world.setdefault("waiting", {})
+    if counts and (name, rank) not in known:
+        if "later" not in world:
+            world["later"] = {(row["handler"], row["priority"]): row["n"] for row in reader.all(FOR_LATER, seq=seq, n=COUNTED_LATER)}
+        n = max(0, counts - world["later"].get((name, PRIORITIES[rank]), 0))
+        if sum(world["later"].values()) >= COUNTED_LATER:
+            seen = int(reader.value(WAITING_IN_CLASS, name=name, rank=rank, seq=seq, n=COUNTED_AHEAD))
+            n = seen if seen < COUNTED_AHEAD else max(n, seen)
+        known[name, rank] = n
+    return int(known.get((name, rank), 0))
+
+
+def all_waiting(reader: Reader, world: Row) -> int:
+    return sum(waiting(reader, world, name, rank) for name in world["counts"] for rank in range(len(PRIORITIES)))
+
+
 def ahead_of(reader: Reader, world: Row, task: Row, most: int) -> dict[str, int]:
     """How many tasks of each handler are claimed before this one: counted up to `most` of each, beyond that by its place in its class."""
     ahead = {}
@@ -6868,8 +6893,8 @@ def ahead_of(reader: Reader, world: Row, task: Row, most: int) -> dict[str, int]
             continue
         n = reader.value(AHEAD_OF, name=name, rank=task["rank"], order_at=task["order_at"], seq=task["seq"], n=most)
         if n >= most:
-            n = max(n, sum(counts.get(priority, 0) for priority in PRIORITIES[: task["rank"]])
-                    + round(share_ahead(reader, name, task, task["rank"]) * counts.get(PRIORITIES[task["rank"]], 0)))  # fmt: skip
+            n = max(n, sum(waiting(reader, world, name, rank) for rank in range(task["rank"]))
+                    + round(share_ahead(reader, name, task, task["rank"]) * waiting(reader, world, name, task["rank"])))  # fmt: skip
         if n:
             ahead[name] = n
     return ahead
@@ -6881,7 +6906,7 @@ def ahead_when_climbed(reader: Reader, world: Row, task: Row, rank: int, most: i
     for name, counts in world["counts"].items():
         for below in [below for below in range(rank + 1, len(PRIORITIES)) if counts.get(PRIORITIES[below]) and shares_slots(world, name, task["handler"])]:
             n = reader.value(AHEAD_IN_CLASS, name=name, rank=below, order_at=task["order_at"], seq=task["seq"], n=most)
-            n = n if n < most else max(n, round(share_ahead(reader, name, task, below) * counts[PRIORITIES[below]]))
+            n = n if n < most else max(n, round(share_ahead(reader, name, task, below) * waiting(reader, world, name, below)))
             ahead[name] = ahead.get(name, 0) + n
     return ahead
 
@@ -7265,8 +7290,7 @@ def foresee_submission(tx: Tx, task: Row) -> Row:
         world = gather(tx, tx.now, (task["handler"],), {task["handler"]: learned})
         forecast = foresee(tx, world, [], task, NEAR)
         if forecast["miss"]:
-            near = sum(sum(counts.values()) for counts in world["counts"].values()) < NEAR
-            line = head_of_queue(tx, world, NEAR) if near else []
+            line = head_of_queue(tx, world, NEAR) if all_waiting(tx, world) < NEAR else []
             forecast = foresee(tx, world, line, task, CLOSER)
     if forecast["miss"]:
         foretell(tx, task, forecast)
@@ -7317,8 +7341,9 @@ def foresee_batch(tx: Tx, lines: list[BatchLine]) -> None:
     if not any(says_enough(figures) for figures in learned.values()):
         return
     world, first = gather(tx, tx.now, learned, learned), int(tx.value(LAST_TASK)) - len(lines) + 1
-    few = len(lines) + sum(sum(counts.values()) for counts in world["counts"].values()) <= WINDOW and all(facts[5] is None for _, facts, *_ in lines)
-    batch = Batch(world, lines, list(standing_before(tx, world, first - 1)), head_of_queue(tx, world, WINDOW) if few else None, tx.show_life)
+    world["seq"] = first - 1  # what came before them
+    few = len(lines) + all_waiting(tx, world) <= WINDOW and all(facts[5] is None for _, facts, *_ in lines)
+    batch = Batch(world, lines, list(standing_before(tx, world)), head_of_queue(tx, world, WINDOW) if few else None, tx.show_life)
     misses = {}
     for number, forecast in tx.paced(batch.forecasts()):
         done = lines[number][0]
@@ -7356,17 +7381,18 @@ def unbroken(numbers: list[int]) -> Iterator[tuple[int, int]]:
         yield numbers[start], numbers[-1]
 
 
-def standing_before(reader: Reader, world: Row, seq: int) -> Iterator[Entry]:
-    """What has waited before a batch came, whose first task follows `seq`."""
-    for name, counts in world["counts"].items():
-        for rank, word in enumerate(PRIORITIES if has_seats(world, name) else ()):
-            places = [row["order_at"] for row in reader.all(STANDING_IN_CLASS, name=name, rank=rank, seq=seq, n=EXACTLY)] if counts.get(word) else []
+def standing_before(reader: Reader, world: Row) -> Iterator[Entry]:
+    """What has waited before a batch came."""
+    for name in [name for name in world["counts"] if has_seats(world, name)]:
+        for rank in [rank for rank in range(len(PRIORITIES)) if waiting(reader, world, name, rank)]:
+            places = [row["order_at"] for row in reader.all(STANDING_IN_CLASS, name=name, rank=rank, seq=world["seq"], n=EXACTLY)]
             if len(places) < EXACTLY:
                 yield from ((rank, at, -1, name, 1) for at in places)
             else:
-                span = int(reader.value(LAST_IN_CLASS, name=name, rank=rank, seq=seq)) - places[0]
-                shares = [counts[word] * (part + 1) // PARTS - counts[word] * part // PARTS for part in range(PARTS)]
-                yield from ((rank, places[0] + span * part // PARTS, -1, name, n) for part, n in enumerate(shares) if n)
+                span = int(reader.value(LAST_IN_CLASS, name=name, rank=rank, seq=world["seq"])) - places[0]
+                n = waiting(reader, world, name, rank)
+                shares = [n * (part + 1) // PARTS - n * part // PARTS for part in range(PARTS)]
+                yield from ((rank, places[0] + span * part // PARTS, -1, name, share) for part, share in enumerate(shares) if share)
 
 
 def has_seats(world: Row, name: str) -> bool:

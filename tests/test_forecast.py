@@ -1115,6 +1115,25 @@ def test_a_long_queue_is_reckoned(place: Place, past: Past) -> None:
         (place.folder / "go").touch()
 
 
+@pytest.mark.parametrize("later", [300, 1300])
+def test_work_for_later_is_not_ahead_of_what_waits_now(place: Place, past: Past, later: int) -> None:
+    """However much of it there is: a line of a batch, and one more, start when what waits now is done."""
+    shell(place, "work", BLOCK.replace("$0", str(place.folder)))
+    past.run("work", 1000)
+    with place.daemon("--workers", "1"):
+        started = instant(place.until_status(place.submit("runs", "--handler", "work", "--priority", "critical")[1], "running")["started_at"])
+        submitted(place, *({"goal": "next month", "handler": "work", "in": "30d"} for _ in range(later)))
+        submitted(place, *({"goal": "now", "handler": "work"} for _ in range(250)))
+        line, _ = submitted(place, {"goal": "line", "handler": "work", "sla": "10m", "priority": "low"}, {"goal": "in an hour", "handler": "work", "in": "1h"})
+        one = place.json("submit-intent", "one", "--handler", "work", "--sla", "11m", "--priority", "low")
+        assert [line["predicted_miss"], one["predicted_miss"], line["advice"]] == [False, False, []]
+        assert instant(line["predicted_start_at"]) - started == pytest.approx(251, rel=0.05)
+        assert instant(one["predicted_start_at"]) - started == pytest.approx(252, rel=0.05)
+        rows = place.json("dashboard", "queued", "--priority", "low")
+        assert [instant(row["predicted_start_at"]) - started for row in rows] == [pytest.approx(251, rel=0.05), pytest.approx(252, rel=0.05)]
+        (place.folder / "go").touch()
+
+
 def test_a_task_far_back_that_will_climb_is_not_foretold_to_be_late(place: Place, past: Past) -> None:
     """Behind thousands of others without an SLA, but at half of its own it passes them."""
     shell(place, "work", BLOCK.replace("$0", str(place.folder)))
