@@ -6525,17 +6525,17 @@ def remaining_ms(histogram: list[tuple[int, int]], elapsed: int, part: float = 0
 # ---- the world as it is: slots, running work, handlers
 
 
-def gather(reader: Reader, now: int, own: Iterable[str] = (), learned: dict[str, Row] | None = None) -> Row:
+def gather(reader: Reader, now: int, own: dict[str, int] | None = None, learned: dict[str, Row] | None = None) -> Row:
     """All that a forecast rests on but the queue itself: handlers, their live counts, slots, and running work with what is left of it.
 
-    `own` are handlers that are asked about, whether any of their tasks are counted or not; `learned` is what is known of some already."""
+    `own` are handlers that are asked about, with how many new tasks of each, which are not counted yet; `learned` is what is known of some already."""
     world: Row = {"now": now, "handlers": {}, "learned": {}, "counts": {}, "serving": {}, "unlearned": set(), "unknown_ms": math.inf,
-                  "granted": {}, "ready": set(), "age_every": setting(reader, "queue.age_every")}  # fmt: skip
+                  "granted": {}, "own": own or {}, "ready": set(), "age_every": setting(reader, "queue.age_every")}  # fmt: skip
     for row in reader.all(HANDLERS_AND_COUNTS):
         world["handlers"][row["name"]] = row
         if row["n"]:
             world["counts"].setdefault(row["name"], {})[row["priority"]] = row["n"]
-    for name in own:
+    for name in world["own"]:
         world["counts"].setdefault(name, {})
     for name, figures in (learned or {}).items():
         world["learned"][name] = {**figures, "enough": says_enough(figures)}
@@ -6566,10 +6566,10 @@ def learn_of(reader: Reader, world: Row, name: Kind) -> Row | None:
 
 
 def granted_of(reader: Reader, world: Row, name: str) -> frozenset[tuple[str, str]]:
-    """Of the secrets of a handler, those for which nobody would be asked; the world keeps them."""
+    """Of the secrets of a handler, those for which nobody would be asked, by all that is queued and new; the world keeps them."""
     if name not in world["granted"]:
         handler = world["handlers"].get(name) or HANDLER_DEFAULTS
-        uses = sum(world["counts"].get(name, {}).values()) + 1
+        uses = sum(world["counts"].get(name, {}).values()) + world["own"].get(name, 1)
         world["granted"][name] = frozenset(wish for wish in wishes_of(json.loads(handler["secrets"]))
                                            if seems_granted(reader, f"handler:{name}", *wish, uses, world["now"]))  # fmt: skip
     found: frozenset[tuple[str, str]] = world["granted"][name]
@@ -7287,7 +7287,7 @@ def foresee_submission(tx: Tx, task: Row) -> Row:
         world: Row = {"now": tx.now, "handlers": {}, "ready": set(), "learned": {kind: {**learned, "enough": True}}}
         forecast = foresee(tx, world, [], task)
     else:
-        world = gather(tx, tx.now, (task["handler"],), {task["handler"]: learned})
+        world = gather(tx, tx.now, {task["handler"]: 1}, {task["handler"]: learned})
         forecast = foresee(tx, world, [], task, NEAR)
         if forecast["miss"]:
             line = head_of_queue(tx, world, NEAR) if all_waiting(tx, world) < NEAR else []
@@ -7337,10 +7337,13 @@ def foresee_batch(tx: Tx, lines: list[BatchLine]) -> None:
     """Add to the document of each line what is foreseen of its task; misses are told, in the same transaction. `lines` are those that were written last.
 
     The first miss gets its `warning`, the first two hundred advice."""
-    learned = {name: learned_durations(tx, name, tx.now) for name in {facts[1] for _, facts, *_ in lines}}
+    own: dict[str, int] = {}
+    for _, facts, *_ in lines:
+        own[facts[1]] = own.get(facts[1], 0) + 1
+    learned = {name: learned_durations(tx, name, tx.now) for name in own}
     if not any(says_enough(figures) for figures in learned.values()):
         return
-    world, first = gather(tx, tx.now, learned, learned), int(tx.value(LAST_TASK)) - len(lines) + 1
+    world, first = gather(tx, tx.now, own, learned), int(tx.value(LAST_TASK)) - len(lines) + 1
     world["seq"] = first - 1  # what came before them
     few = len(lines) + all_waiting(tx, world) <= WINDOW and all(facts[5] is None for _, facts, *_ in lines)
     batch = Batch(world, lines, list(standing_before(tx, world)), head_of_queue(tx, world, WINDOW) if few else None, tx.show_life)
@@ -10840,7 +10843,7 @@ def predicted_of(store: Store, task: Row, now: int) -> Row:
     """What is foreseen of an open task, for programs."""
 
     def look(reader: Reader) -> Row:
-        world = gather(reader, now, (task["handler"],) if task["handler"] else ())
+        world = gather(reader, now, {task["handler"]: 1} if task["handler"] else None)
         line = head_of_queue(reader, world, WINDOW) if task["status"] == "queued" else []
         seen = foresee(reader, world, line, task)
         if seen["reason"] in ("handler_paused", "no_daemon", "not_served", "external") and learned_here(world, task["handler"]):

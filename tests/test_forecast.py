@@ -980,6 +980,19 @@ def test_where_consent_stands_work_is_foreseen_as_any_other(vault: Place, past: 
         (vault.folder / "go").touch()
 
 
+def test_a_batch_with_more_lines_than_uses_left_is_not_foreseen(vault: Place, past: Past) -> None:
+    """One use each is needed; whose lines would be asked about is not guessed."""
+    past.run("sealed", 60_000)
+    with vault.daemon("--workers", "1"):
+        vault.ok("consent", "template", "add", "nightly", "--secret", "token", "--action", "use", "--by", "handler:sealed", "--for", "7d", "--uses", "3",
+                 "--passphrase-file", "phrase")  # fmt: skip
+        few = submitted(vault, *({"goal": "few", "handler": "sealed", "sla": "1h"} for _ in range(2)))
+        assert [one["predicted_miss"] for one in few] == [False, False]
+        many = submitted(vault, *({"goal": "many", "handler": "sealed", "sla": "1h"} for _ in range(4)))
+        assert [(one["predicted_start_at"], one["predicted_miss"]) for one in many] == [(None, None)] * 4
+        (vault.folder / "go").touch()
+
+
 # ---- commands in the foreground
 
 
