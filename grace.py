@@ -6390,6 +6390,7 @@ ENOUGH_RUNS = 200  # of more, the newest say it
 LOOK_BACK, LOOK_FAR_BACK = 7 * DAY, 90 * DAY  # where these have too few runs, those
 LEARNED_FOR = 10 * MINUTE
 WINDOW = 200  # how much of the queue is played through; what is further back is reckoned from the numbers ahead of it
+PLAYED = 2000  # of a batch with all that waits
 NEAR, CLOSER = 64, 1000  # how many ahead are counted while somebody waits for his submission; when that seems to be late
 COUNTED_AHEAD = 10_000  # how many are counted otherwise; beyond that, live counts
 COUNTED_LATER = 1000  # of all work for later
@@ -7316,7 +7317,7 @@ def advice_document(advice: list[Row]) -> list[Row]:
 
 EXACTLY, PARTS = 200, 100  # so many of a class are placed where they stand; more are taken to lie evenly, in so many parts
 ADVISED, WAYS_OF = 200, 3  # so many misses get advice; so many handlers, where a change is for one only and takes walks of its own
-WALKED = 2_000_000  # lines: after so many no further change is tried
+WALKED, PLAY_COSTS = 2_000_000, 50  # lines: after so many no further change is tried; one that is played takes as long as so many
 TOLD_AT_ONCE = 1000
 NOTHING_FORESEEN: Row = {"predicted_start_at": None, "predicted_finish_at": None, "predicted_miss": None, "advice": []}  # whose list nobody may change
 STANDING_IN_CLASS = """SELECT order_at FROM htm_tasks WHERE handler = :name AND status = 'queued' AND available_at IS NULL AND rank = :rank
@@ -7345,8 +7346,8 @@ def foresee_batch(tx: Tx, lines: list[BatchLine]) -> None:
         return
     world, first = gather(tx, tx.now, own, learned), int(tx.value(LAST_TASK)) - len(lines) + 1
     world["seq"] = first - 1  # what came before them
-    few = len(lines) + all_waiting(tx, world) <= WINDOW and all(facts[5] is None for _, facts, *_ in lines)
-    batch = Batch(world, lines, list(standing_before(tx, world)), head_of_queue(tx, world, WINDOW) if few else None, tx.show_life)
+    few = len(lines) + all_waiting(tx, world) <= PLAYED and all(facts[5] is None for _, facts, *_ in lines)
+    batch = Batch(world, lines, list(standing_before(tx, world)), head_of_queue(tx, world, PLAYED) if few else None, tx.show_life)
     misses = {}
     for number, forecast in tx.paced(batch.forecasts()):
         done = lines[number][0]
@@ -7515,6 +7516,7 @@ class Batch:
         starts = self.walk(world, len(PRIORITIES), first) if first or self.line is None else []
         if self.line is not None:
             self.show_life()
+            self.walked += PLAY_COSTS * len(self.line)
             found = Play(world, self.line).run()
             return [found.get(done["task_id"], NEVER)[0] for done, *_ in self.lines]
         for rank, share in ((1, (1, 2)), (0, (4, 5))):

@@ -782,6 +782,19 @@ def test_misses_in_a_batch_are_told_once_each(place: Place, past: Past) -> None:
         (place.folder / "go").touch()
 
 
+def test_a_batch_of_mixed_classes_is_foreseen_with_all_that_climbs(place: Place, past: Past) -> None:
+    """Low ones climb past normal ones when half of their time is over: seventy of each are in time, and the rest is not; a walk would see no miss."""
+    shell(place, "work", BLOCK.replace("$0", str(place.folder)))
+    past.run("work", 10_000)
+    with place.daemon("--workers", "1"):
+        place.until_status(place.submit("runs", "--handler", "work", "--priority", "critical")[1], "running")
+        pair = {"goal": "normal", "handler": "work", "sla": "1750s"}, {"goal": "low", "handler": "work", "sla": "1400s", "priority": "low"}
+        done = submitted(place, *(pair * 110))
+        assert [sum(one["predicted_miss"] for one in some) for some in (done[::2], done[1::2])] == [pytest.approx(40, abs=2)] * 2
+        assert {one["predicted_miss"] for one in done[:130]} == {False} and {one["predicted_miss"] for one in done[150:]} == {True}
+        (place.folder / "go").touch()
+
+
 def test_only_the_first_misses_of_a_large_batch_get_advice(place: Place, past: Past) -> None:
     """Two hundred; the others are told without."""
     shell(place, "work", BLOCK.replace("$0", str(place.folder)))
