@@ -6666,7 +6666,8 @@ def no_forecast(world: Row, task: Row) -> tuple[str, str] | None:
         return why
     learned = world["learned"].get(kind)
     if learned is None or not learned["enough"]:
-        return "nothing_learned", f"nothing learned yet of {name or 'this command'}: needs {MIN_RUNS} completed runs, has {learned['runs'] if learned else 0}"
+        has = learned["runs"] if learned else 0
+        return "nothing_learned", f"nothing learned yet of {name or 'this command'}: needs {MIN_RUNS} completed runs that nothing interrupted, has {has}"
     return None
 
 

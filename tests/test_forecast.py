@@ -407,10 +407,12 @@ def test_nothing_is_guessed(place: Place, past: Past) -> None:
     place.ok("handler", "resume", "new")
     past.run("work", 1000)
     past.run("outside", 1000)
+    past.run("new", 1000, 8)
+    past.run("new", 1000, 5, lost=True)
     place.ok("task", "cancel", fresh)
     with blocked_daemon(place):
         _, fresh = place.submit("f", "--handler", "new")
-        assert reason(place, fresh) == "nothing_learned" and "needs 10 completed runs, has 0" in predicted(place, fresh)["text"]
+        assert reason(place, fresh) == "nothing_learned" and "needs 10 completed runs that nothing interrupted, has 8" in predicted(place, fresh)["text"]
         place.ok("task", "cancel", fresh)
     done = place.json("submit-intent", "b", "--handler", "work", "--sla", "1h")
     assert [done[name] for name in ("predicted_start_at", "predicted_finish_at", "predicted_miss", "advice")] == [None, None, None, []]
@@ -1070,7 +1072,7 @@ def test_the_queue_on_the_screen(place: Place, past: Past) -> None:
         _, fresh = place.submit("first of its kind", "--handler", "new")
         out = place.ok("dashboard", "queued").out
         assert "LATE" in out and "goal' is going to be late; in time with" in out and "one more worker" in out
-        assert "! no forecast: nothing learned yet of new: needs 10 completed runs, has 0" in out
+        assert "! no forecast: nothing learned yet of new: needs 10 completed runs that nothing interrupted, has 0" in out
         assert "\x1b" not in out and "\u202e" not in out and "\\u{1b}[2J" in out
         (row,) = [row for row in place.json("dashboard", "queued") if row["task_id"] == late]
         assert row["predicted_miss"] is True and row["waiting_ms"] >= 0 and any(one["saves"] for one in row["advice"])
