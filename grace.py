@@ -6393,7 +6393,7 @@ WINDOW = 200  # how much of the queue is played through; what is further back is
 PLAYED = 2000  # of a batch with all that waits
 NEAR, CLOSER = 64, 1000  # how many ahead are counted while somebody waits for his submission; when that seems to be late
 COUNTED_AHEAD = 10_000  # how many are counted otherwise; beyond that, live counts
-COUNTED_LATER = 1000  # of all work for later
+COUNTED_LATER = 200  # of all work for later; where there is more, what waits now is counted
 CAUTIOUS = 1.28  # standard deviations: nine of ten end earlier
 KNOWN_DURATIONS = """SELECT f.*, (SELECT COALESCE(SUM(n), 0) FROM task_counts WHERE handler = :handler AND status = 'completed') AS completed_now
   FROM handler_forecasts f WHERE f.handler = :handler"""

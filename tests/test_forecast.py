@@ -1143,7 +1143,7 @@ def test_a_long_queue_is_reckoned(place: Place, past: Past) -> None:
         (place.folder / "go").touch()
 
 
-@pytest.mark.parametrize("later", [300, 1300])
+@pytest.mark.parametrize("later", [150, 400])
 def test_work_for_later_is_not_ahead_of_what_waits_now(place: Place, past: Past, later: int) -> None:
     """However much of it there is: a line of a batch, and one more, start when what waits now is done."""
     shell(place, "work", BLOCK.replace("$0", str(place.folder)))
