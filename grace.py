@@ -7318,7 +7318,7 @@ def advice_document(advice: list[Row]) -> list[Row]:
 
 EXACTLY, PARTS = 200, 100  # so many of a class are placed where they stand; more are taken to lie evenly, in so many parts
 ADVISED, WAYS_OF = 200, 3  # so many misses get advice; so many handlers, where a change is for one only and takes walks of its own
-WALKED, PLAY_COSTS = 2_000_000, 50  # lines: after so many no further change is tried; one that is played takes as long as so many
+WALKED, PLAY_COSTS = 1_000_000, 25  # lines: after so many no further change is tried; one that is played takes as long as so many
 TOLD_AT_ONCE = 1000
 NOTHING_FORESEEN: Row = {"predicted_start_at": None, "predicted_finish_at": None, "predicted_miss": None, "advice": []}  # whose list nobody may change
 STANDING_IN_CLASS = """SELECT order_at FROM htm_tasks WHERE handler = :name AND status = 'queued' AND available_at IS NULL AND rank = :rank
