@@ -363,6 +363,7 @@ def test_thirty_tasks_wait_for_one_secret(vault: Place) -> None:
     vault.ok("submit-intent", "--batch", "-", stdin=lines.encode())
     most, answered = 0, 0
     with vault.daemon("--workers", "2"):
+        until(lambda: len(pending(vault)) == 5, "as many requests as may be open")
         while answered < 30:
             rows = until(lambda: pending(vault), "a further request")
             most = max(most, len(rows))
