@@ -5437,12 +5437,11 @@ def fold_histograms(tx: Tx, durations: list[Row]) -> None:
         add_histogram(tx, key, counts)
 
 
-WINDOW_ROWS = """ WHERE (level = 'day_all' AND starts_at >= :day AND starts_at < :last_day)
-  OR (level = 'hour_all' AND starts_at >= :since AND starts_at < :day) OR (level = 'hour_all' AND starts_at >= :last_day AND starts_at < :folded)
-  OR (level = 'hour' AND imported = 0 AND starts_at >= :folded)"""
-WINDOW_SUMS = f"SELECT {', '.join(f'COALESCE(SUM({name}), 0) AS {name}' for name in METRIC_SUMS)} FROM htm_metrics{WINDOW_ROWS}"
-WINDOW_HISTOGRAMS = """SELECT histogram FROM htm_histograms WHERE (level = 'day_all' AND starts_at >= :day AND starts_at < :last_day)
+SUMMED_UP = """(level = 'day_all' AND starts_at >= :day AND starts_at < :last_day)
   OR (level = 'hour_all' AND starts_at >= :since AND starts_at < :day) OR (level = 'hour_all' AND starts_at >= :last_day AND starts_at < :folded)"""
+WINDOW_SUMS = f"""SELECT {', '.join(f'COALESCE(SUM({name}), 0) AS {name}' for name in METRIC_SUMS)} FROM htm_metrics
+  WHERE {SUMMED_UP} OR (level = 'hour' AND imported = 0 AND starts_at >= :folded)"""
+WINDOW_HISTOGRAMS = f"SELECT histogram FROM htm_histograms WHERE {SUMMED_UP}"
 NEW_DURATIONS = """SELECT bucket, SUM(n) AS n FROM htm_durations WHERE level = 'hour' AND imported = 0 AND starts_at >= :folded
   GROUP BY bucket ORDER BY bucket"""
 
@@ -5568,7 +5567,7 @@ def slowest_tasks(reader: Reader, since: int, n: int) -> list[Row]:
     return found
 
 
-def bucket_of_rank(histogram: list[tuple[int, int]], rank: int) -> int:
+def bucket_of_rank(histogram: Histogram, rank: int) -> int:
     """The bucket of the rank-th entry of a histogram, the last one when there are fewer."""
     for bucket, count in histogram:
         rank -= count
@@ -5691,6 +5690,9 @@ SET_TOTAL = """INSERT INTO counters (name, value) VALUES (:name, :value)
   ON CONFLICT (name) DO UPDATE SET value = excluded.value WHERE :gaps = 0 OR excluded.value > counters.value"""
 DAYS_COUNTED = "SELECT starts_at FROM htm_metrics WHERE level = 'day_all'"
 DAY_OF = f"starts_at - starts_at % {DAY}"
+RECOUNT_DAYS = f"""INSERT INTO htm_durations (level, starts_at, task_type, domain, imported, bucket, n)
+  SELECT 'day', {DAY_OF}, task_type, domain, imported, bucket, SUM(n) FROM htm_durations
+  WHERE level = 'hour' AND starts_at < :folded GROUP BY {DAY_OF}, task_type, domain, imported, bucket"""
 COARSER = {  # what the hours are summed up into: its start, its kind, and what tells its rows from each other
     "day": (DAY_OF, "task_type, domain, imported", f"{DAY_OF}, task_type, domain, imported"),
     "ever": ("0", "task_type, domain, imported", "task_type, domain, imported"),
@@ -5750,10 +5752,10 @@ def recount_rollups(tx: Tx, gaps: dict[str, int]) -> None:
     folded = int(tx.value(FOLDED_UNTIL) or 0)
     for level, (start, kind, rows) in COARSER.items():
         which = " AND imported = 0" if level.startswith(("hour_", "day_")) else ""
-        for table, key, sums in (("htm_metrics", "", METRIC_SUMS), ("htm_durations", ", bucket", ("n",)))[: 2 if level == "day" else 1]:
-            tx.run(f"""INSERT INTO {table} (level, starts_at, task_type, domain, imported{key}, {', '.join(sums)})
-              SELECT '{level}', {start}, {kind}{key}, {', '.join(f'SUM({name})' for name in sums)} FROM {table}
-              WHERE level = 'hour' AND starts_at < :folded{which} GROUP BY {rows}{key}""", folded=folded)  # fmt: skip
+        tx.run(f"""INSERT INTO htm_metrics (level, starts_at, task_type, domain, imported, {', '.join(METRIC_SUMS)})
+          SELECT '{level}', {start}, {kind}, {', '.join(f'SUM({name})' for name in METRIC_SUMS)} FROM htm_metrics
+          WHERE level = 'hour' AND starts_at < :folded{which} GROUP BY {rows}""", folded=folded)  # fmt: skip
+    tx.run(RECOUNT_DAYS, folded=folded)
     for day in tx.all(DAYS_COUNTED):
         fold_histograms(tx, tx.all(DURATIONS_OVER, since=day["starts_at"], until=min(folded, day["starts_at"] + DAY)))
 
@@ -5945,7 +5947,7 @@ def record_outcome(tx: Tx, task: Row) -> None:
 
 RUNS_LOOKED_AT = 10_000  # outcomes among which the latest runs are looked for: of handlers failed ones, too
 HISTORY_PAGE = """SELECT seq, created_at, domain, success, execution_time, context FROM outcome_records
-  WHERE handler IS NOT DISTINCT FROM :handler AND created_at <= :at AND (created_at < :at OR seq < :seq)
+  WHERE handler = :handler AND created_at <= :at AND (created_at < :at OR seq < :seq)
   ORDER BY created_at DESC, seq DESC LIMIT :n"""
 COMMAND_OUTCOMES = """SELECT created_at, success, execution_time, context FROM outcome_records
   WHERE handler IS NULL AND domain = :domain AND json(context) ->> 'goal' = :goal AND created_at >= :since AND success = 1
@@ -5968,8 +5970,8 @@ def sla_time(outcome: Row) -> int | None:
     return None if total is None else max(0, round(total - metrics.get("asleep_ms", 0) - metrics.get("blocked_ms", 0)))
 
 
-def outcomes_of(reader: Reader, handler: str | None, most: int) -> Iterator[Row]:
-    """The outcomes of a handler (None: of commands in the foreground), newest first, a page at a time."""
+def outcomes_of(reader: Reader, handler: str, most: int) -> Iterator[Row]:
+    """The outcomes of a handler, newest first, a page at a time."""
     at, seq = MAX_INSTANT + 1, 0
     while most > 0:
         page = reader.all(HISTORY_PAGE, handler=handler, at=at, seq=seq, n=min(PAGE, most))
@@ -6270,7 +6272,7 @@ class Facts:
         sums["execution_ms"] += row["total"]
         self.add_duration(late, int(row["word"]), row["n"])
 
-    def histogram(self, half: int | None = None) -> list[tuple[int, int]]:
+    def histogram(self, half: int | None = None) -> Histogram:
         """(bucket, count) in ascending order, of one half of the time or of both."""
         buckets: dict[int, int] = {}
         for (late, bucket), n in self.durations.items():
@@ -6458,7 +6460,7 @@ def learned_durations(reader: Reader, handler: str, now: int) -> Row:
     return made
 
 
-def recent_durations(reader: Reader, kind: str, now: int) -> list[tuple[int, int]]:
+def recent_durations(reader: Reader, kind: str, now: int) -> Histogram:
     """The histogram of the newest runs of a kind of task: about two hundred of the last week, or where that has hardly any, of ninety days.
 
     Runs that were interrupted are left out, and what the machine slept is taken off."""
@@ -6480,7 +6482,7 @@ def recent_durations(reader: Reader, kind: str, now: int) -> list[tuple[int, int
     return sorted((bucket, n) for bucket, n in histogram.items() if n > 0)
 
 
-def command_durations(reader: Reader, domain: str, goal: str, now: int) -> list[tuple[int, int]]:
+def command_durations(reader: Reader, domain: str, goal: str, now: int) -> Histogram:
     """The same of a command in the foreground, which is known by its domain and goal: of its newest outcomes."""
     histogram: dict[int, int] = {}
     for row in reader.all(COMMAND_OUTCOMES, domain=domain, goal=goal, since=now - LOOK_FAR_BACK, n=ENOUGH_RUNS):
@@ -6501,7 +6503,7 @@ def corrected_durations(reader: Reader, kind: str, level: str, newest: int, olde
     return rows + reader.all(CORRECTIONS_OF, span=span, newest=last_hour, oldest=rows[-1]["at"], kind=kind)
 
 
-def summed_up(histogram: list[tuple[int, int]]) -> Row:
+def summed_up(histogram: Histogram) -> Row:
     """The figures (ms) of a histogram that forecasts go by; null where it is empty."""
     runs = sum(n for _, n in histogram)
     mean = sum(bucket_middle(bucket) * n for bucket, n in histogram) / runs if runs else None
@@ -6514,7 +6516,7 @@ def says_enough(learned: Row | None) -> bool:
     return learned is not None and bool(learned["runs"] >= MIN_RUNS)
 
 
-def remaining_ms(histogram: list[tuple[int, int]], elapsed: int, part: float = 0.5) -> float:
+def remaining_ms(histogram: Histogram, elapsed: int, part: float = 0.5) -> float:
     """What is left of a run that has taken so long already: as in those that took longer; half as long again when none did.
 
     (The longer something has lasted beyond all experience, the longer it will; a tenth more, say, would never be foretold before 80 % of an SLA.)"""
@@ -7615,8 +7617,8 @@ FORETOLD_AT_ONCE = 50  # by a daemon that looks again
 def misses_to_come(reader: Reader, now: int) -> list[tuple[Row, Row]]:
     """The tasks that run, that wait for consent, and at the head of the queue, which are going to miss their SLA and were not said to; with forecasts."""
     world = gather(reader, now)
-    waiting = world["active"] + reader.all(PARKED_LINE, n=WINDOW)
-    found = [(row, foresee(reader, world, [], row, NEAR)) for row in waiting if may_be_foretold(row, now) and learn_of(reader, world, kind_of(row))]
+    held = world["active"] + reader.all(PARKED_LINE, n=WINDOW)
+    found = [(row, foresee(reader, world, [], row, NEAR)) for row in held if may_be_foretold(row, now) and learn_of(reader, world, kind_of(row))]
     found = [(row, forecast) for row, forecast in found if forecast["miss"]]
     line = head_of_queue(reader, world, WINDOW)
     starts = played(world, line) if any(may_be_foretold(row, now) for row in line) else {}
@@ -10723,7 +10725,7 @@ def escaped_label(text: str) -> str:
     return text.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
 
 
-def histogram_samples(labels: dict[str, str], histogram: list[tuple[int, int]], sum_ms: int) -> Iterator[Sample]:
+def histogram_samples(labels: dict[str, str], histogram: Histogram, sum_ms: int) -> Iterator[Sample]:
     """The cumulative buckets of what was measured; each of our finer buckets counts whole, by its middle."""
     counts = [0] * (len(EXECUTION_BOUNDS) + 1)
     for bucket, n in histogram:

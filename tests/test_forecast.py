@@ -372,6 +372,13 @@ def test_runs_during_which_the_machine_slept_or_that_were_lost_teach_what_is_rig
 # ---- what people and programs are told
 
 
+@contextlib.contextmanager
+def one_worker_busy(place: Place) -> Iterator[dict[str, Any]]:
+    """A daemon with one worker, which has a critical task of `work` to run first; that task."""
+    with place.daemon("--workers", "1"):
+        yield place.until_status(place.submit("runs", "--handler", "work", "--priority", "critical")[1], "running")
+
+
 def predicted(place: Place, task_id: str) -> dict[str, Any]:
     return dict(place.json("task", "explain", task_id)["predicted"])
 
@@ -742,8 +749,7 @@ def test_a_short_batch_is_foreseen_with_all_that_climbs_past_it(place: Place, pa
     shell(place, "lone", "true", "--concurrency", "1")
     past.run("work", 30_000)
     past.run("lone", 30_000)
-    with place.daemon("--workers", "1"):
-        place.until_status(place.submit("runs", "--handler", "work", "--priority", "critical")[1], "running")
+    with one_worker_busy(place):
         submitted(place, *({"goal": "was there", "handler": "work", "sla": "5m"} for _ in range(20)))
         done = submitted(place, *({"goal": f"lone {n}", "handler": "lone", "sla": "5m", "priority": "high"} for n in range(8)))
         queue = {row["task_id"]: row for row in place.json("dashboard", "queued")}
@@ -760,8 +766,7 @@ def test_misses_in_a_batch_are_told_once_each(place: Place, past: Past) -> None:
     past.run("work", 10_000)
     past.run("long", 60_000)
     place.ok("config", "set", "forecast.every", "100ms")
-    with place.daemon("--workers", "1"):
-        place.until_status(place.submit("runs", "--handler", "work", "--priority", "critical")[1], "running")
+    with one_worker_busy(place):
         mixed = [{"goal": f"number {n}", "handler": "work", "sla": "5m" if n % 2 else "9h"} for n in range(300)]
         done = submitted(place, *mixed)
         late = [one for one in done if one["predicted_miss"]]
@@ -788,8 +793,7 @@ def test_a_batch_of_mixed_classes_is_foreseen_with_all_that_climbs(place: Place,
     """Low ones climb past normal ones when half of their time is over: seventy of each are in time, and the rest is not; a walk would see no miss."""
     shell(place, "work", BLOCK.replace("$0", str(place.folder)))
     past.run("work", 10_000)
-    with place.daemon("--workers", "1"):
-        place.until_status(place.submit("runs", "--handler", "work", "--priority", "critical")[1], "running")
+    with one_worker_busy(place):
         pair = {"goal": "normal", "handler": "work", "sla": "1750s"}, {"goal": "low", "handler": "work", "sla": "1400s", "priority": "low"}
         done = submitted(place, *(pair * 110))
         assert [sum(one["predicted_miss"] for one in some) for some in (done[::2], done[1::2])] == [pytest.approx(40, abs=2)] * 2
@@ -801,8 +805,7 @@ def test_only_the_first_misses_of_a_large_batch_get_advice(place: Place, past: P
     """Two hundred; the others are told without."""
     shell(place, "work", BLOCK.replace("$0", str(place.folder)))
     past.run("work", 10_000)
-    with place.daemon("--workers", "1"):
-        place.until_status(place.submit("runs", "--handler", "work", "--priority", "critical")[1], "running")
+    with one_worker_busy(place):
         done = submitted(place, *({"goal": f"number {n}", "handler": "work", "sla": "1m"} for n in range(260)))
         late = [one for one in done if one["predicted_miss"]]
         assert len(late) == 255 and [bool(one["advice"]) for one in late] == [True] * 200 + [False] * 55
@@ -1095,8 +1098,7 @@ def test_no_figure_is_cut_in_eighty_columns(place: Place, past: Past) -> None:
     """With the longest words in every column the goal gives way, not a figure; the shortened id is one that commands take."""
     shell(place, "work", BLOCK.replace("$0", str(place.folder)))
     past.run("work", 750_000)
-    with place.daemon("--workers", "1"):
-        place.until_status(place.submit("runs", "--handler", "work", "--priority", "critical")[1], "running")
+    with one_worker_busy(place):
         ids = [place.submit(f"the archive of the shop, part {n}", "--handler", "work", "--sla", "20m", "--priority", "critical")[1] for n in range(5)]
         status, text = Terminal(place, "dashboard", "queued", env={"NO_COLOR": "1"}).end()
         lines = text.splitlines()
@@ -1124,8 +1126,7 @@ def test_a_long_queue_is_reckoned(place: Place, past: Past) -> None:
     """Behind thousands: by how many are ahead, the further the later, without a play of all."""
     shell(place, "work", BLOCK.replace("$0", str(place.folder)))
     past.run("work", 1000)
-    with place.daemon("--workers", "1"):
-        place.until_status(place.submit("runs", "--handler", "work", "--priority", "critical")[1], "running")
+    with one_worker_busy(place):
         lines = "".join(json.dumps({"goal": f"number {n}", "handler": "work", "priority": "normal"}) + "\n" for n in range(3000))
         place.ok("submit-intent", "--batch", "-", stdin=lines.encode())
         low = [place.submit(f"low {n}", "--handler", "work", "--priority", "low")[1] for n in range(3)]
@@ -1148,8 +1149,8 @@ def test_work_for_later_is_not_ahead_of_what_waits_now(place: Place, past: Past,
     """However much of it there is: a line of a batch, and one more, start when what waits now is done."""
     shell(place, "work", BLOCK.replace("$0", str(place.folder)))
     past.run("work", 1000)
-    with place.daemon("--workers", "1"):
-        started = instant(place.until_status(place.submit("runs", "--handler", "work", "--priority", "critical")[1], "running")["started_at"])
+    with one_worker_busy(place) as running:
+        started = instant(running["started_at"])
         submitted(place, *({"goal": "next month", "handler": "work", "in": "30d"} for _ in range(later)))
         submitted(place, *({"goal": "now", "handler": "work"} for _ in range(250)))
         line, _ = submitted(place, {"goal": "line", "handler": "work", "sla": "10m", "priority": "low"}, {"goal": "in an hour", "handler": "work", "in": "1h"})
@@ -1166,8 +1167,7 @@ def test_a_task_far_back_that_will_climb_is_not_foretold_to_be_late(place: Place
     """Behind thousands of others without an SLA, but at half of its own it passes them."""
     shell(place, "work", BLOCK.replace("$0", str(place.folder)))
     past.run("work", 10_000)
-    with place.daemon("--workers", "1"):
-        place.until_status(place.submit("runs", "--handler", "work", "--priority", "critical")[1], "running")
+    with one_worker_busy(place):
         lines = "".join(json.dumps({"goal": f"number {n}", "handler": "work"}) + "\n" for n in range(2000))
         place.ok("submit-intent", "--batch", "-", stdin=lines.encode())
         climbs = place.json("submit-intent", "climbs", "--handler", "work", "--priority", "low", "--sla", "20m")
